@@ -1,0 +1,221 @@
+"""The writer's side of a recording: when to commit, what to tell live views, what it all cost."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from nbdyn.errors import RecordingStopped
+from nbdyn.recorder.assemble import Assembler, StepRecord
+from nbdyn.recorder.pipeline import Pipeline
+from nbdyn.recorder.rows import RowBlocks
+from nbdyn.recorder.target import Target, finish_metadata
+from nbdyn.settings import format_size
+from nbdyn.store import frames
+from nbdyn.store.backend import configuration, is_local, tiledb
+from nbdyn.store.writer import SegmentWriter, now_ns
+
+SEGMENT_SECONDS = 1.0
+SEGMENT_SHARE = 1 / 200
+SEGMENT_SECONDS_MOST = 30.0
+"""Steps wait about a second before they are committed, in long runs a 200th of the time so far, at most 30 s: the
+number of fragments stays in the low thousands, which is what TileDB opens quickly."""
+SEGMENT_BYTES = 24_000_000
+ALIGNED_SECONDS = 10.0
+"""Rows of every step are committed in whole tiles, unless they have waited so long."""
+
+LIVE_COLUMNS = ("step", "loss", "lr", "grad_norm", "update_ratio")
+
+
+class Listener(Protocol):
+    """A live view: `feed` gets columns of new steps (on the writer's thread), `finish` the run's status."""
+
+    def feed(self, columns: dict[str, np.ndarray]) -> None:
+        """Take some steps."""
+
+    def finish(self, status: str) -> None:
+        """No more steps will come."""
+
+
+class Sink:
+    """Takes step records, commits them in segments on the writer's thread, feeds live views."""
+
+    def __init__(
+        self, target: Target, rows: RowBlocks, gradients: RowBlocks, loss_is_sum: bool, memory: int, budget: int
+    ) -> None:
+        self._target, self._rows, self._budget = target, rows, budget
+        self._assembler = Assembler(gradients, loss_is_sum)
+        self._open: list[StepRecord] = []
+        self._began = self._since = time.perf_counter()
+        self._listeners: list[Listener] = []
+        self._working = threading.Lock()
+        self._noting = threading.Lock()
+        self._notes: list[tuple[int, int, str, str]] = []
+        self.flushed = target.start
+        self._visits = 0
+        self._writer: SegmentWriter | None = None
+        self._pipeline = Pipeline(self._work, memory, self._setup)
+
+    def _setup(self) -> None:
+        # Made on the writer's thread, so that TileDB's own threads inherit its low priority.
+        one = (
+            {"sm.compute_concurrency_level": "1", "sm.io_concurrency_level": "1"} if is_local(self._target.uri) else {}
+        )
+        self._ctx = tiledb().Ctx(configuration(self._target.uri, **one))
+        self._writer = SegmentWriter(self._target.uri, self._ctx, self._target.segment, list(self._target.columns))
+
+    # Called on the training thread ----------------------------------------------------------------------------
+
+    def put(self, record: StepRecord, urgent: bool) -> None:
+        """Hand a record over; waits while too many bytes wait. Raises what stopped the writer."""
+        self._pipeline.put(record, record.nbytes, urgent)
+
+    def check(self, stop: Callable[[BaseException], None]) -> None:
+        """Raise what stopped the writer, after `stop`."""
+        try:
+            self._pipeline.check()
+        except RecordingStopped as error:
+            stop(error)
+            raise
+
+    def note(self, step: int, text: str) -> None:
+        """A line for the logbook, written with the next segment."""
+        with self._noting:
+            self._notes.append((step, now_ns(), "note", text))
+
+    def listen(self, listener: Listener) -> None:
+        """Feed a live view: first all steps so far, then each new one."""
+        with self._lock:
+            if self._target.start:
+                table = frames.steps(self._target.store(), 0, self._target.start)
+                listener.feed({name: table[name].to_numpy() for name in LIVE_COLUMNS})
+            for columns in self._history:
+                listener.feed(columns)
+            self._listeners.append(listener)
+
+    def finish(self, status: str) -> None:
+        """Write everything, mark the run, release the lock."""
+        self._pipeline.close()
+        self._pipeline.check()
+        end = self.flushed if self.flushed else None
+        try:
+            finish_metadata(self._target, self._ctx, status, end)
+        except tiledb().TileDBError as error:
+            raise RecordingStopped(f"the run is written but could not be marked {status}: {error}") from error
+        self._target.lock.release()
+        self._finish_listeners(status)
+
+    def abandon(self) -> None:
+        """The writer failed: mark the run if that is possible, release the lock."""
+        self._pipeline.close()
+        with contextlib.suppress(tiledb().TileDBError):  # the disk may be full; the run then shows as "killed"
+            finish_metadata(self._target, tiledb().Ctx(configuration(self._target.uri)), "stopped", None)
+        self._target.lock.release()
+        self._finish_listeners("stopped")
+
+    def summary(self, status: str) -> str:
+        """One line on what was recorded and what it cost."""
+        written = 0 if self._writer is None else self._writer.bytes_written
+        steps = self.flushed - self._target.start
+        each = f", {format_size(written / steps)} a step" if steps else ""
+        waited = self._pipeline.seconds_waited
+        late = f"; training waited {waited:.1f} s for the writer" if waited >= 0.1 else ""
+        return (
+            f"{status}: {self._target.shown} holds {self.flushed:,} steps; this recording wrote "
+            f"{self._visits:,} visits in {format_size(written)}{each}{late}."
+        )
+
+    # On the writer's thread -----------------------------------------------------------------------------------
+
+    def _work(self, records: list[StepRecord], final: bool) -> int:
+        """Take new records; commit if it is time. Returns the bytes released."""
+        with self._working:
+            if not self._open:
+                self._since = time.perf_counter()
+            self._open += records
+            _feed(self._listeners, records)
+            released = 0
+            while count := self._due(final):
+                batch, self._open = self._open[:count], self._open[count:]
+                released += self._commit(batch)
+        return released
+
+    def _due(self, final: bool) -> int:
+        """How many of the waiting records to commit now; 0 for none yet."""
+        count = len(self._open)
+        if not count or final:
+            return count
+        age = time.perf_counter() - self._since
+        patience = (time.perf_counter() - self._began) * SEGMENT_SHARE
+        patience = min(max(SEGMENT_SECONDS, patience), SEGMENT_SECONDS_MOST)
+        large = sum(record.nbytes for record in self._open) >= SEGMENT_BYTES
+        if not (large or age >= patience):
+            return 0
+        extent = self._target.config["row_extent"]
+        aligned = count - (self._open[-1].step + 1) % extent if extent > 1 else count
+        return max(0, aligned) or (count if age >= max(patience, ALIGNED_SECONDS) else 0)
+
+    def _commit(self, records: list[StepRecord]) -> int:
+        assert self._writer is not None
+        segment = self._assembler.segment(records)
+        with self._noting:
+            segment.notes, self._notes = self._notes, []
+        if self._writer.bytes_written + segment.nbytes() > self._budget:
+            raise RecordingStopped(
+                f"recording has stopped at its budget of {format_size(self._budget)} after step {self.flushed - 1}; "
+                'record with a larger budget="...", a larger every=, or weights="snapshots".'
+            )
+        self._writer.commit(segment)
+        self.flushed += segment.count
+        self._visits += len(segment.visits["step"]) if segment.visits else 0
+        self._give_back(records)
+        self._since = time.perf_counter()
+        if not is_local(self._target.uri):
+            self._target.write_metadata(self._ctx, writer=self._target.lock.lease())
+        return sum(record.nbytes for record in records)
+
+    def _give_back(self, records: list[StepRecord]) -> None:
+        for record in records:
+            if record.row is not None and record.row[1] == self._rows.per_block - 1:
+                self._rows.give_back(record.row[0])
+        self._assembler.release_gradients(records)
+
+    def _finish_listeners(self, status: str) -> None:
+        for listener in self._listeners:
+            listener.finish(status)
+
+
+def _feed(listeners: list[Listener], records: list[StepRecord]) -> None:
+    """Show new steps to live views."""
+    rows = [record for record in records if record.step_row]
+    if not listeners or not rows:
+        return
+    for record in rows:
+        if record.numbers is not None:
+            record.numbers.wait()
+    columns = {
+        "step": np.array([record.step for record in rows]),
+        "loss": np.array([_mean_loss(record) for record in rows]),
+        "lr": np.array([float(record.lrs[0]) if record.lrs else np.nan for record in rows]),
+        "grad_norm": np.array([_total(record.norms) for record in rows]),
+        "update_ratio": np.array([_total(r.update_norms) / _total(r.weight_norms) for r in rows]),
+    }
+    for listener in listeners:
+        listener.feed(columns)
+
+
+def _mean_loss(record: StepRecord) -> float:
+    known = [(float(batch.loss), batch.size) for batch in record.batches if batch.loss is not None]
+    if known:
+        return float(np.average([loss for loss, _ in known], weights=[size for _, size in known]))
+    return float(record.logs.get("loss", np.nan))
+
+
+def _total(norms: torch.Tensor | None) -> np.float64:
+    return np.float64(np.nan) if norms is None else np.float64(norms.double().norm())

@@ -1,0 +1,377 @@
+"""The doors: record a run, open one, list those of a folder; everything one can do with a run is a method here."""
+
+from __future__ import annotations
+
+import html
+import os
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from nbdyn.errors import NbdynError
+from nbdyn.settings import format_size
+from nbdyn.store import Store, Weights, frames
+from nbdyn.store.backend import basename, context, is_local, join, normalize, object_type, tiledb
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from nbdyn.recorder.recorder import Recorder
+    from nbdyn.recorder.replay import Replay
+    from nbdyn.widgets.cockpit import Cockpit
+
+_current: Run | None = None
+
+
+class Run:
+    """One recorded training run. Open it with `nbdyn.open`.
+
+    It shows all steps committed when it was opened; `refresh` looks again. A run can be opened while it is
+    being recorded, by this process or another.
+
+    Attributes:
+        store: the run on disk, for code that needs more than frames.
+        model, data: what was given to `nbdyn.open`; `replay` uses them.
+    """
+
+    def __init__(self, store: Store, model: nn.Module | None = None, data: Any = None) -> None:
+        self.store = store
+        self.model = model
+        self.data = data
+
+    @property
+    def name(self) -> str:
+        """The last part of the run's path."""
+        return self.store.name
+
+    @property
+    def uri(self) -> str:
+        """Where the run lies."""
+        return self.store.uri
+
+    @property
+    def status(self) -> str:
+        """One of "recording", "complete", "interrupted", "stopped", "killed"."""
+        return self.store.status
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The run's metadata: model, tensors, optimizer, versions, seeds."""
+        return self.store.config
+
+    def __len__(self) -> int:
+        return self.store.steps_committed
+
+    def refresh(self) -> bool:
+        """Look again at what is committed; True if there are new steps."""
+        return self.store.refresh()
+
+    @property
+    def steps(self) -> pd.DataFrame:
+        """One row a step: epoch, loss, accuracy, learning rate, gradient norm, ... See `nbdyn.store.frames.steps`."""
+        return frames.steps(self.store)
+
+    @property
+    def visits(self) -> pd.DataFrame:
+        """One row a sample at a step: the order of the data. See `nbdyn.store.frames.visits`."""
+        return frames.visits(self.store)
+
+    @property
+    def norms(self) -> pd.DataFrame:
+        """One row a step and tensor: norms of gradient, weights and update. See `nbdyn.store.frames.norms`."""
+        return frames.norms(self.store)
+
+    @property
+    def parameters(self) -> pd.DataFrame:
+        """One row a parameter tensor. See `nbdyn.store.frames.parameters`."""
+        return frames.parameters(self.store)
+
+    @property
+    def layers(self) -> pd.DataFrame:
+        """One row a module with parameters of its own. See `nbdyn.store.frames.layers`."""
+        return frames.layers(self.store)
+
+    @property
+    def samples(self) -> pd.DataFrame:
+        """One row a sample: how it was learned and forgotten. See `nbdyn.store.frames.samples`."""
+        return frames.samples(self.store)
+
+    @property
+    def notes(self) -> pd.DataFrame:
+        """The logbook: notes, alarms, statements run. See `nbdyn.store.frames.notes`."""
+        return frames.notes(self.store)
+
+    @property
+    def weights(self) -> Weights:
+        """The recorded weights: `run.weights["fc1.weight", 0:100]`. See `nbdyn.store.Weights`."""
+        return self.store.weights
+
+    def note(self, text: str) -> None:
+        """Write a line into the logbook, at the last committed step."""
+        self.store.write_note(self.store.steps_committed, "note", text)
+
+    def at(self, step: int) -> Moment:
+        """The training state before step `step` (the final one for `len(run)`; negative counts from there).
+
+        Raises:
+            NotRecorded: if weights[step] is not stored; the message names the nearest and the way to rebuild it.
+        """
+        step = step + len(self) + 1 if step < 0 else step
+        self.weights.require(step)
+        return Moment(self, step)
+
+    def replay(
+        self,
+        t0: int,
+        t1: int,
+        model: nn.Module | None = None,
+        loss_fn: Any = None,
+        data: Any = None,
+        *,
+        of: str = "all",
+        optimizer: Any = None,
+    ) -> Replay:
+        """Rebuild weights[t0..t1] by training again from the snapshot before t0.
+
+        Bit for bit the same on the same machine with as many threads, if the loop was forward, loss_fn, backward,
+        (clipping or anything else done to the gradient,) step; every recorded row on the way is compared, and
+        `.residuals` tells. Cost: the training of those steps; memory for the selected weights. The model given
+        is copied, not changed.
+
+        Args:
+            t0: the first step; weights[t0] is the first row returned.
+            t1: the last one.
+            model: a model like the recorded one; by default that of `nbdyn.open`.
+            loss_fn: the loss, called as loss_fn(model(inputs), targets).
+            data: the data set, a pair (inputs, targets), or a function of ids; by default that of `nbdyn.open`.
+            of: which parameters to return.
+            optimizer: for optimizers that torch.optim does not have: a function of param groups.
+
+        Raises:
+            NotRecorded: if a step cannot be repeated (no snapshot, unknown samples, accumulated batches).
+            Incompatible: if the model differs.
+        """
+        from nbdyn.recorder.replay import replay
+
+        model, data = model or self.model, data if data is not None else self.data
+        missing = [name for name, value in (("model", model), ("loss_fn", loss_fn), ("data", data)) if value is None]
+        if missing:
+            raise NbdynError(f"replay needs {', '.join(missing)}: run.replay({t0}, {t1}, model, loss_fn, data).")
+        assert model is not None
+        return replay(self.store, t0, t1, model, loss_fn, data, of, optimizer)
+
+    def query(self, text: str) -> pd.DataFrame:
+        """Answer a statement of the query language; `attrs["nbdyn"]` of the result says where it came from.
+
+        Raises:
+            QueryError: if the statement cannot be read, with a caret under the place.
+            UnknownName: for a name that the run does not have.
+            NotRecorded: for what was not recorded.
+        """
+        from nbdyn import query
+
+        return query.execute(text, self.store)
+
+    def cockpit(self) -> Cockpit:
+        """Loss, learning rate, gradient norm and update/weight ratio over all steps, as a widget."""
+        from nbdyn.widgets.cockpit import Cockpit
+
+        return Cockpit.from_frame(self.steps, self.name, uri=self.uri)
+
+    def __repr__(self) -> str:
+        return (
+            f"<Run {self.name}: {self.status}, {len(self):,} steps, {self.config['model']} with "
+            f"{self.store.parameters:,} parameters, weights {_weights_words(self.config)}>"
+        )
+
+    def _repr_html_(self) -> str:
+        steps = frames.steps(self.store, max(0, len(self) - 1))
+        last = steps.iloc[-1] if len(steps) else None
+        rows = {
+            "where": self.uri,
+            "status": self.status,
+            "steps": f"{len(self):,}" + ("" if last is None else f" in {int(last['epoch']) + 1} epochs"),
+            "last loss": "" if last is None else f"{last['loss']:.4g}",
+            "model": f"{self.config['model']}, {self.store.parameters:,} parameters",
+            "optimizer": self.config["optimizer"]["name"],
+            "weights": _weights_words(self.config),
+            "recorded": self.config["created"],
+        }
+        cells = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(key)}</th>"
+            f"<td style='text-align:left'>{html.escape(str(value))}</td></tr>"
+            for key, value in rows.items()
+        )
+        return f"<div class='nbdyn-run'><b>{html.escape(self.name)}</b><table>{cells}</table></div>"
+
+
+class Moment:
+    """The training state before one step. Made by `run.at(step)`."""
+
+    def __init__(self, run: Run, step: int) -> None:
+        self._run, self.step = run, step
+
+    def load_into(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Put the recorded weights and buffers into a model, in place; with an optimizer, its state too.
+
+        Raises:
+            Incompatible: if the model has other parameters.
+            NotRecorded: if the optimizer's state is not stored at this step (it is at snapshots).
+        """
+        from nbdyn.recorder.replay import load_state
+
+        load_state(self._run.store, self.step, model, optimizer)
+
+    def __repr__(self) -> str:
+        return f"<{self._run.name} before step {self.step}>"
+
+
+def record(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss_fn: Any = None,
+    *,
+    data: Any = None,
+    weights: str = "snapshots",
+    every: int = 50,
+    mode: str = "new",
+    budget: str = "20 GB",
+    note: str | None = None,
+) -> Recorder:
+    """Record the training that follows; returns the recorder, usable with or without `with`.
+
+    Per step: epoch, sample ids, loss, per-sample loss and correctness, learning rates, gradient norm of every
+    tensor, wall time, what a replay needs; every `every` steps weights, buffers and optimizer state. On the
+    training thread only copies are made; a thread of low priority writes. What waits for it is bounded by
+    `nbdyn.options.memory`; when it falls behind, training waits, nothing is dropped.
+
+        rec = nbdyn.record("runs/fc", model, optimizer, loss_fn)
+        for x, y in rec.watch(loader):
+            ...                                  # the loop stays as it was
+        rec.close()
+
+    Args:
+        path: a folder or any TileDB URI.
+        model: what is trained.
+        optimizer: a step is its `step()`; GradScaler's skipped steps are kept, marked skipped.
+        loss_fn: the loss of the loop; a `torch.nn` loss module is hooked, a plain function evaluated once more
+            on the model's output and the last element of the batch.
+        data: the data set that was trained on; `mode="resume"` replays with it.
+        weights: "snapshots" (every `every` steps) or "every" (every step; a row is 4 bytes a parameter).
+        every: steps between snapshots.
+        mode: "new" (an existing path gets the next free name), "resume" (go on after the last committed step)
+            or "replace".
+        budget: bytes on disk at which recording stops with an error; training can then go on unrecorded.
+        note: the first line of the run's logbook.
+
+    Raises:
+        RunBusy: if a live writer of another process holds the path.
+        NbdynError: if the path cannot be written, or an argument is not one of the known ones.
+        Incompatible: if the model cannot be recorded, or a run to resume had another.
+    """
+    from nbdyn.recorder.recorder import Recorder
+
+    return Recorder(
+        os.fspath(path),
+        model,
+        optimizer,
+        loss_fn,
+        data=data,
+        weights=weights,
+        every=every,
+        mode=mode,
+        budget=budget,
+        note=note,
+        view=_live_cockpit,
+    )
+
+
+def open(path: str | os.PathLike[str] | Recorder, model: nn.Module | None = None, data: Any = None) -> Run:
+    """Open a run for reading; it becomes the one that a bare `%dyn` speaks to.
+
+    Args:
+        path: where it lies: a folder, any TileDB URI, or the recorder itself.
+        model: the model, for `run.replay`.
+        data: the data set, for `run.replay`.
+
+    Raises:
+        NbdynError: if nothing is there.
+        CorruptRun: if it is damaged.
+        Incompatible: if a newer nbdyn wrote it.
+    """
+    where = path if isinstance(path, (str, os.PathLike)) else path.uri
+    run = Run(Store(where), model, data)
+    set_current(run)
+    return run
+
+
+def runs(folder: str | os.PathLike[str] = "runs") -> pd.DataFrame:
+    """The runs of a folder, one row each: run, status, steps, epochs, loss (last), model, weights, size, problem.
+
+    A damaged run is listed with its problem; folders that are no runs are left out.
+
+    Raises:
+        NbdynError: if the folder does not exist.
+    """
+    uri = normalize(folder)
+    vfs = tiledb().VFS(ctx=context(uri))
+    if not vfs.is_dir(uri):
+        raise NbdynError(f"no folder {os.fspath(folder)}; give the folder that holds your runs.")
+    rows = [_row_of(join(uri, basename(path))) for path in sorted(vfs.ls(uri)) if object_type(path) == "group"]
+    columns = ["run", "status", "steps", "epochs", "loss", "model", "weights", "size", "problem"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _row_of(uri: str) -> dict[str, Any]:
+    try:
+        store = Store(uri)
+        last = frames.steps(store, max(0, store.steps_committed - 1))
+    except NbdynError as error:
+        return {"run": basename(uri), "status": "corrupt", "steps": 0, "problem": str(error)}
+    return {
+        "run": store.name,
+        "status": store.status,
+        "steps": store.steps_committed,
+        "epochs": int(last["epoch"].iloc[-1]) + 1 if len(last) else 0,
+        "loss": float(last["loss"].iloc[-1]) if len(last) else float("nan"),
+        "model": store.config["model"],
+        "weights": _weights_words(store.config),
+        "size": format_size(_disk_bytes(uri)),
+        "problem": "",
+    }
+
+
+def _disk_bytes(uri: str) -> int:
+    """Bytes of all files of a run."""
+    if not is_local(uri):
+        return int(tiledb().VFS(ctx=context(uri)).dir_size(uri))
+    return sum(os.path.getsize(os.path.join(root, file)) for root, _, files in os.walk(uri) for file in files)
+
+
+def _weights_words(config: dict[str, Any]) -> str:
+    return "every step" if config["weights"] == "every" else f"every {config['every']} steps"
+
+
+def _live_cockpit(recorder: Recorder) -> Cockpit:
+    """The live view of a recorder."""
+    from nbdyn.widgets.cockpit import Cockpit
+
+    view = Cockpit(basename(recorder.uri), uri=recorder.uri)
+    recorder.listen(view)
+    return view
+
+
+def current() -> Run | None:
+    """The run opened last, None before the first."""
+    return _current
+
+
+def set_current(run: Run) -> None:
+    """Make a run the one that a bare `%dyn` speaks to."""
+    global _current
+    _current = run
+
+
+__all__ = ["Moment", "Run", "current", "open", "record", "runs", "set_current"]
