@@ -69,7 +69,7 @@ class Assembler:
     def __init__(self, gradients: RowBlocks, loss_is_sum: bool) -> None:
         self._gradients = gradients
         self._loss_is_sum = loss_is_sum
-        self._last_rng = b""
+        self._last: dict[int, bytes] = {}
 
     def segment(self, records: list[StepRecord]) -> Segment:
         """The segment of consecutive records."""
@@ -145,23 +145,25 @@ class Assembler:
     def _add_state(self, segment: Segment, record: StepRecord) -> None:
         step = record.step
         if record.rng is not None:
-            rng = record.rng.numpy().tobytes()
-            if rng != self._last_rng:
-                segment.state.append((step, PART_RNG, rng))
-                self._last_rng = rng
+            self._add_if_changed(segment, step, PART_RNG, record.rng.numpy().tobytes())
         if record.snapshot is not None:
             segment.state.append((step, PART_SNAPSHOT, to_bytes(record.snapshot)))
         if record.groups is not None:
             segment.state.append((step, PART_GROUPS, record.groups.encode()))
         for number, value in record.buffers:
             data = value.cpu().contiguous().view(-1).view(torch.uint8) if value.numel() else torch.empty(0).byte()
-            segment.state.append((step, PART_BUFFER + number, data.numpy().tobytes()))
+            self._add_if_changed(segment, step, PART_BUFFER + number, data.numpy().tobytes())
         if record.seen_gradient is not None:
             seen = _row(record.seen_gradient)
             if record.raw_gradient is not None:
                 record.factor = single_factor(_row(record.raw_gradient), seen)
             if record.factor is None:
                 segment.state.append((step, PART_GRADIENT, seen.tobytes()))
+
+    def _add_if_changed(self, segment: Segment, step: int, part: int, data: bytes) -> None:
+        if self._last.get(part) != data:
+            self._last[part] = data
+            segment.state.append((step, part, data))
 
     def release_gradients(self, records: list[StepRecord]) -> None:
         """Give the gradient rows of written records back."""
@@ -187,6 +189,8 @@ def _visits(records: list[StepRecord]) -> tuple[dict[str, np.ndarray], np.ndarra
         parts = []
         for batch in batches:
             value = getattr(batch, name)
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                value = value.float()  # NumPy has no bfloat16
             part = np.full(batch.size, missing, dtype) if value is None else np.asarray(value).astype(dtype, copy=False)
             parts.append(part)
         return np.concatenate(parts) if parts else np.empty(0, dtype)

@@ -62,8 +62,7 @@ class Loop:
         self._evaluations = 0
         self._before_update: list[torch.Tensor] | None = None
         self._loose_logs: dict[str, Any] = {}
-        self._changed_buffers: dict[int, torch.Tensor] = {}
-        self._buffer_versions: dict[int, tuple[int, int]] = {}
+        self._buffer_copies: list[tuple[int, torch.Tensor]] = []
         self._last_groups = _group_options(optimizer)
         self._weight_versions: list[int] = []
         self._idle = self._before_forward()
@@ -85,14 +84,11 @@ class Loop:
         self._watching.waiting = True
 
     def _before_forward(self) -> dict[str, Any]:
-        """Generators as they are now; copies of buffers that changed, where this step's weights are recorded."""
+        """Generators as they are now; copies of the buffers, where this step's weights are recorded."""
         due = self.step % self._every == 0
         if (due or self._all_weights) and not self._accumulating:
-            for number, (_, buffer) in enumerate(self._buffers):
-                version = (id(buffer), buffer._version)
-                if self._buffer_versions.get(number) != version:
-                    self._buffer_versions[number] = version
-                    self._changed_buffers[number] = buffer.detach().clone()
+            # Copies, not versions: batch normalization updates its statistics without counting it as a change.
+            self._buffer_copies = [(number, b.detach().clone()) for number, (_, b) in enumerate(self._buffers)]
         self._evaluations = 0
         return snapshot.generators(full=due)
 
@@ -236,7 +232,7 @@ class Loop:
         record.rng = rng["torch"]
         if due or self._all_weights:
             record.row = self._rows.copy([p.detach() for p in self._parameters])
-            record.buffers, self._changed_buffers = sorted(self._changed_buffers.items()), {}
+            record.buffers = self._buffer_copies
         if due:
             record.snapshot = snapshot.take(self._model, self._optimizer, rng)
 

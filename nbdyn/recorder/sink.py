@@ -18,7 +18,7 @@ from nbdyn.recorder.rows import RowBlocks
 from nbdyn.recorder.target import Target, finish_metadata
 from nbdyn.settings import format_size
 from nbdyn.store import frames
-from nbdyn.store.backend import configuration, is_local, tiledb
+from nbdyn.store.backend import context, is_local, tiledb
 from nbdyn.store.writer import SegmentWriter, now_ns
 
 SEGMENT_SECONDS = 1.0
@@ -64,10 +64,7 @@ class Sink:
 
     def _setup(self) -> None:
         # Made on the writer's thread, so that TileDB's own threads inherit its low priority.
-        one = (
-            {"sm.compute_concurrency_level": "1", "sm.io_concurrency_level": "1"} if is_local(self._target.uri) else {}
-        )
-        self._ctx = tiledb().Ctx(configuration(self._target.uri, **one))
+        self._ctx = context(self._target.uri, writing=True)
         self._writer = SegmentWriter(self._target.uri, self._ctx, self._target.segment, list(self._target.columns))
 
     # Called on the training thread ----------------------------------------------------------------------------
@@ -115,7 +112,7 @@ class Sink:
         """The writer failed: mark the run if that is possible, release the lock."""
         self._pipeline.close()
         with contextlib.suppress(tiledb().TileDBError):  # the disk may be full; the run then shows as "killed"
-            finish_metadata(self._target, tiledb().Ctx(configuration(self._target.uri)), "stopped", None)
+            finish_metadata(self._target, context(self._target.uri, writing=True), "stopped", None)
         self._target.lock.release()
         self._finish_listeners("stopped")
 

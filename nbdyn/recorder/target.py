@@ -11,7 +11,7 @@ from nbdyn.errors import Incompatible, NbdynError, RunBusy
 from nbdyn.recorder import session
 from nbdyn.settings import say
 from nbdyn.store import Store, layout, verify
-from nbdyn.store.backend import configuration, is_local, normalize, object_type, tiledb
+from nbdyn.store.backend import context, is_local, normalize, object_type, tiledb
 from nbdyn.store.lock import WriterLock, holder, is_held
 
 
@@ -91,7 +91,7 @@ def open_target(path: str | os.PathLike[str], mode: str, config: dict[str, Any])
 
 
 def _create(uri: str, shown: str, config: dict[str, Any]) -> Target:
-    ctx = tiledb().Ctx(configuration(uri))
+    ctx = context(uri)
     try:
         if is_local(uri):
             os.makedirs(os.path.dirname(uri), exist_ok=True)
@@ -110,7 +110,7 @@ def _reopen(uri: str, shown: str, config: dict[str, Any]) -> Target:
     verify.gc(uri)
     end = store.steps_committed
     rows = store.read_steps(end - 1, end) if end else {}
-    layout.write_metadata(uri, tiledb().Ctx(configuration(uri)), status="recording")
+    layout.write_metadata(uri, context(uri), status="recording")
     return Target(
         uri,
         shown,

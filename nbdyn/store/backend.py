@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlparse
 
 from nbdyn.errors import CorruptRun
 
-_contexts: dict[tuple[int, bool], Any] = {}
+_contexts: dict[tuple[int, bool, bool], Any] = {}
 
 
 @functools.cache
@@ -43,11 +43,17 @@ def configuration(uri: str = "", **extra: str) -> dict[str, str]:
     return settings | extra
 
 
-def context(uri: str = "") -> Any:
-    """The reading context of this process (a forked child makes its own: an inherited one hangs)."""
-    key = (os.getpid(), is_local(uri))
+def context(uri: str = "", writing: bool = False) -> Any:
+    """The reading or the writing context of this process; the writing one has a single thread on local disks.
+
+    Contexts are kept for the life of the process: a forked child (a DataLoader worker) must never destroy one, as
+    a garbage collection there would if one were garbage (it crashes: its threads do not exist in the child). A
+    child that opens a run makes its own.
+    """
+    key = (os.getpid(), is_local(uri), writing)
     if key not in _contexts:
-        _contexts[key] = tiledb().Ctx(configuration(uri))
+        one = {"sm.compute_concurrency_level": "1", "sm.io_concurrency_level": "1"} if writing and is_local(uri) else {}
+        _contexts[key] = tiledb().Ctx(configuration(uri, **one))
     return _contexts[key]
 
 
