@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from nbdyn import accessor  # noqa: F401  (importing it registers df.dyn, for the frames that runs give)
 from nbdyn.errors import NbdynError
 from nbdyn.settings import format_size
 from nbdyn.store import Store, Weights, frames
@@ -171,6 +172,7 @@ class Run:
         """
         from nbdyn import query
 
+        self.refresh()
         return query.execute(text, self.store)
 
     def cockpit(self) -> Cockpit:

@@ -107,7 +107,7 @@ def _reopen(uri: str, shown: str, config: dict[str, Any]) -> Target:
     store = Store(uri)
     _check_same_parameters(store, config)
     lock = WriterLock(uri)
-    verify.gc(uri)
+    verify.collect(store)
     end = store.steps_committed
     rows = store.read_steps(end - 1, end) if end else {}
     layout.write_metadata(uri, context(uri), status="recording")

@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import time
-from typing import Any
+from typing import IO, Any
 
 from nbdyn.errors import RunBusy
 from nbdyn.store.backend import basename, context, is_local, join, reading, tiledb
@@ -15,14 +15,20 @@ LOCK_NAME = "writer.lock"
 REMOTE_LEASE_SECONDS = 120
 """On an object store, a writer that has committed nothing for so long counts as dead."""
 
+LOCK_TRIES = 20
+"""Ten milliseconds apart."""
+
 _held: dict[str, WriterLock] = {}
+# A forked child holds nothing: POSIX locks stay with the parent.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_held.clear)
 
 
 class WriterLock:
     """The right to write a run, held until `release` or the end of the process.
 
-    Locally a POSIX record lock on `writer.lock` (the kernel frees it when the process dies, however it dies);
-    on an object store a lease in the group's metadata that every commit renews.
+    Locally a POSIX record lock on `writer.lock` (the kernel frees it when the process dies, however it dies, and
+    forked children do not inherit it); on an object store a lease in the group's metadata that every commit renews.
 
     Raises:
         RunBusy: if a live writer holds the run.
@@ -30,22 +36,20 @@ class WriterLock:
 
     def __init__(self, uri: str) -> None:
         if is_held(uri):
-            raise RunBusy(
-                f"{basename(uri)} is being recorded by {holder(uri)}; close that recorder (rec.close()), "
-                "or record under another name."
-            )
+            raise _busy(uri)
         self.uri = uri
         self._file = None
         if is_local(uri):
-            import fcntl
-
             # Kept open for the life of the lock: closing any handle on the file would free a POSIX lock.
             self._file = open(join(uri, LOCK_NAME), "a+")  # noqa: SIM115
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _lock(self._file):
+                self._file.close()
+                raise _busy(uri)
+        _held[_key(uri)] = self  # from here on `is_held` leaves the file alone
+        if self._file is not None:
             self._file.truncate(0)
             self._file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
             self._file.flush()
-        _held[uri] = self
 
     def lease(self) -> str:
         """The entry that renews a remote writer's claim."""
@@ -53,45 +57,64 @@ class WriterLock:
 
     def release(self) -> None:
         """Give the run back; harmless twice."""
-        _held.pop(self.uri, None)
+        _held.pop(_key(self.uri), None)
         if self._file is not None:
             self._file.close()
             self._file = None
 
 
+def _busy(uri: str) -> RunBusy:
+    return RunBusy(
+        f"{basename(uri)} is being recorded by {holder(uri)}; close that recorder (rec.close()), "
+        "or record under another name."
+    )
+
+
+def _key(uri: str) -> str:
+    """One key a run, also where links lead to it under several names."""
+    return os.path.realpath(uri) if is_local(uri) else uri
+
+
+def _lock(file: IO[str]) -> bool:
+    """Take the lock; False if a writer has it. Others look for it by a shared lock, for an instant: hence the tries."""
+    import fcntl
+
+    for _ in range(LOCK_TRIES):
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.01)
+    return False
+
+
 def is_held(uri: str) -> bool:
     """Whether a live writer, of this process or another, holds the run."""
-    if uri in _held:
+    if _key(uri) in _held:
         return True
     if not is_local(uri):
         entry = _remote_holder(uri)
         return time.time() - entry.get("time", 0) < REMOTE_LEASE_SECONDS
     import fcntl
 
-    path = join(uri, LOCK_NAME)
-    if not os.path.exists(path):
-        return False
     try:
-        with open(path, "r+") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # A shared lock: two readers that look at the same time must not take each other for a writer.
+        with open(join(uri, LOCK_NAME)) as file:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except PermissionError:
-        return False  # a run that this user cannot write: no writer of ours, reading it is harmless
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return False  # never written, or by a user whose runs are none of ours
     return False
 
 
 def holder(uri: str) -> str:
     """Who holds the run, in words."""
-    if uri in _held:
+    if _key(uri) in _held:
         return "this process"
     if is_local(uri):
         with open(join(uri, LOCK_NAME)) as file:
-            text = file.read()
-        try:
-            entry: dict[str, Any] = json.loads(text)
-        except json.JSONDecodeError:
-            entry = {}
+            entry = _entry(file.read())
     else:
         entry = _remote_holder(uri)
     return f"process {entry.get('pid', '?')} on {entry.get('host', '?')}"
@@ -100,4 +123,13 @@ def holder(uri: str) -> str:
 def _remote_holder(uri: str) -> dict[str, Any]:
     with reading(uri), tiledb().Group(uri, "r", ctx=context(uri)) as group:
         text = group.meta["writer"] if "writer" in group.meta else "{}"  # noqa: SIM401 (metadata has no get)
-    return json.loads(text)
+    return _entry(text)
+
+
+def _entry(text: str) -> dict[str, Any]:
+    """What a writer says of itself; empty if it was just about to say it."""
+    try:
+        entry = json.loads(text)
+    except ValueError:
+        return {}
+    return entry if isinstance(entry, dict) else {}

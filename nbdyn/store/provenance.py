@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from nbdyn.schema import PROVENANCE
@@ -14,11 +13,10 @@ if TYPE_CHECKING:
 
 
 def package_version() -> str:
-    """The version of nbdyn, "unknown" in a source tree that was never installed."""
-    try:
-        return version("nbdyn")
-    except PackageNotFoundError:
-        return "unknown"
+    """The version of nbdyn."""
+    import nbdyn
+
+    return nbdyn.__version__
 
 
 def with_provenance(frame: pd.DataFrame, store: Store, what: str, **more: str) -> pd.DataFrame:

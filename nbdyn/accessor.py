@@ -1,0 +1,239 @@
+"""`df.dyn`: what can be done next with any tidy frame that has a step column."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from nbdyn import plots
+from nbdyn.errors import NbdynError, UnknownName, did_you_mean
+from nbdyn.schema import PROVENANCE
+
+MAX_ROWS = 5000
+"""Rows in a chart, at most (altair's own limit); beyond, values are reduced to the least and greatest of a bin."""
+
+_LINES = ("run", "layer", "tensor", "weight", "parameter")
+"""Columns that say which line a row belongs to, when the frame holds several."""
+_POSITIONS = ("step", "epoch", "position", "sample", "batch_size", "seconds", "skipped", *_LINES)
+"""Columns that say where a value stands; they are neither smoothed nor drawn unless asked for."""
+_AT_EVERY_STEP = ("loss", "lr", "grad_norm", "|grad|")
+"""Quantities whose NaN is news; in all others (logged now and then, measured every 50 steps) it means: no value."""
+_LOGARITHMIC = ("grad_norm", "update_ratio", "update_norm", "|grad|", "|dw|")
+
+
+@pd.api.extensions.register_dataframe_accessor("dyn")
+class Dyn:
+    """The next steps of a frame: draw it, smooth it, pivot it. Methods give new frames, so they chain.
+
+    A frame needs a column (or index level) "step". It may be wide (one column a quantity) or tidy (columns "quantity"
+    and "value"). Nothing is kept between two calls, and the frame is never changed.
+
+    Args:
+        frame: the frame; `nbdyn.dyn(frame)` is the same as `frame.dyn`, for type checkers.
+
+    Raises:
+        AttributeError: if there is no "step".
+
+    >>> frame = pd.DataFrame({"step": [0, 1], "loss": [2.0, 1.0]})
+    >>> frame.dyn.smooth(window=2).loss.tolist()
+    [2.0, 1.5]
+    """
+
+    def __init__(self, frame: pd.DataFrame) -> None:
+        """Check the columns; pandas makes the accessor anew at every use, so nothing else happens here."""
+        if "step" not in frame.columns and "step" not in frame.index.names:
+            present = ", ".join(map(str, frame.columns[:12])) or "no columns"
+            example = next((str(c) for c in frame.columns if str(c) in ("iter", "iteration", "t", "batch")), "iter")
+            # pandas shows an AttributeError to the user and leaves `dyn` out of completion.
+            raise AttributeError(
+                f"df.dyn needs a 'step' column; this frame has {present}. "
+                f"Use df.rename(columns={{'{example}': 'step'}}) or nbdyn.as_frame(df, step='{example}')."
+            )
+        self._frame = frame
+
+    def plot(self, y: str | Sequence[str] | None = None, x: str = "step", color: str | None = None) -> Any:
+        """Small multiples over one axis, as an altair chart that shows itself without network.
+
+        More rows than a chart can hold are reduced to bins that keep their least and greatest value (the band) and
+        their mean (the line), so that no spike is lost. Infinite values are marked along the top, and so is NaN
+        in loss, lr and gradient norm; elsewhere NaN means that there was no value at this step.
+
+        Args:
+            y: one quantity or several; None takes all that hold finite numbers and are no positions (step, epoch, ...).
+            x: the column of the shared axis.
+            color: the column that tells lines apart; None takes the first of run, layer, tensor, weight, parameter.
+
+        Raises:
+            UnknownName: if a quantity or column does not exist.
+            NbdynError: if there is nothing to draw, or more lines than a chart can hold.
+        """
+        frame = self._flat()
+        wide = _pivot(frame, [c for c in (*_POSITIONS, color, x) if c and c in frame]) if _is_tidy(frame) else frame
+        if y is None:
+            names = [name for name in _quantities(wide, (x, color)) if _any_finite(wide[name])]
+        else:
+            names = [y] if isinstance(y, str) else list(y)
+        color = color or next((c for c in _LINES if c in wide), None)
+        for name in filter(None, (x, color, *names)):
+            if name not in wide:
+                raise UnknownName(f"The frame has no {name!r}; {did_you_mean(name, map(str, wide.columns))}")
+        for name in names:
+            if not _any_finite(wide[name]):
+                raise NbdynError(f"There is nothing to draw: {name!r} holds no finite number.")
+        if not names:
+            raise NbdynError("There is nothing to draw: beside positions no column of this frame holds a number.")
+        return self._stack(wide, names, x, color)
+
+    def smooth(self, *, ema: float | None = None, window: int | None = None) -> pd.DataFrame:
+        """A new frame whose quantities are averaged over earlier steps; positions and `attrs` stay.
+
+        With `ema` = a, the exponential moving average without the bias of its start:
+        m[t] = a m[t-1] + (1 - a) x[t], m[-1] = 0, y[t] = m[t] / (1 - a^(t+1)). With `window` = n, the mean over the
+        last n rows. NaN and infinite values stay where they are and enter no average. Frames with several runs, layers,
+        tensors or quantities are averaged one by one.
+
+        Args:
+            ema: the weight of the past, 0 <= a < 1.
+            window: the number of rows, at least 1.
+
+        Raises:
+            NbdynError: unless exactly one of the two is given, in its range.
+        """
+        if (ema is None) == (window is None):
+            raise NbdynError("smooth needs one of the two: smooth(ema=0.9) or smooth(window=25).")
+        if ema is not None and not 0 <= ema < 1:
+            raise NbdynError(f"ema is the weight of the past, from 0 up to (not including) 1, such as 0.9; not {ema}.")
+        if window is not None and (window < 1 or window != int(window)):
+            raise NbdynError(f"window is a number of steps, at least 1, not {window}.")
+
+        frame = self._flat().copy()
+        keys = [c for c in (*_LINES, "quantity") if c in frame]
+        ordered = frame.sort_values("step", kind="stable")
+        for name in _quantities(frame, ()):
+            if keys:
+                groups = ordered.groupby(keys, sort=False, dropna=False)[name]
+                frame[name] = groups.transform(_average, ema=ema, window=window)
+            else:
+                frame[name] = _average(ordered[name], ema, window)
+        frame = frame.set_index(self._frame.index.names) if "step" in self._frame.index.names else frame
+        frame.attrs = dict(self._frame.attrs)
+        return frame
+
+    def wide(self) -> pd.DataFrame:
+        """A tidy frame (columns "quantity", "value") with one column a quantity; the index is the step, after the run.
+
+        Raises:
+            NbdynError: if the frame is not tidy, or holds two values of one quantity at one place.
+
+        >>> tidy = pd.DataFrame({"step": [0, 0], "quantity": ["loss", "lr"], "value": [2.0, 0.1]})
+        >>> tidy.dyn.wide().loc[0].tolist()
+        [2.0, 0.1]
+        """
+        frame = self._flat()
+        if not _is_tidy(frame):
+            raise NbdynError(f"wide needs the columns quantity and value; this frame has {', '.join(frame.columns)}.")
+        index = [c for c in (*_LINES, "step") if c in frame]
+        wide = _pivot(frame, index).set_index(index)
+        wide.attrs = dict(self._frame.attrs)
+        return wide
+
+    def _flat(self) -> pd.DataFrame:
+        """The frame with "step" as a column."""
+        return self._frame if "step" in self._frame.columns else self._frame.reset_index()
+
+    def _stack(self, frame: pd.DataFrame, names: list[str], x: str, color: str | None) -> Any:
+        groups = [(None, frame)] if color is None else list(frame.groupby(color, sort=False))
+        bins = min(800, MAX_ROWS // (len(groups) * len(names)) // 2 * 2)
+        if bins < 10:
+            raise NbdynError(
+                f"{len(groups)} lines in {len(names)} panels are more than a chart can show; "
+                "choose some with y=... or filter the frame first."
+            )
+        panels = []
+        for i, name in enumerate(names):
+            parts = []
+            for key, rows in groups:
+                values = _numbers(rows[name])
+                kept = slice(None) if name in _AT_EVERY_STEP else ~np.isnan(values)
+                table = plots.decimate(rows[x].to_numpy()[kept], values[kept], bins)
+                parts.append(table if color is None else table.assign(series=str(key)))
+            table = pd.concat(parts, ignore_index=True)
+            last = x if i == len(names) - 1 else None
+            log = name in _LOGARITHMIC
+            panels.append(plots.panel(table, name, last, color=plots.COLORS[i % len(plots.COLORS)], log=log))
+        origin = self._frame.attrs.get(PROVENANCE, {})
+        subtitle = ", ".join(f"{k} {origin[k]}" for k in ("query", "steps") if origin.get(k))
+        return plots.stack(panels, str(origin.get("run", "")), subtitle)
+
+
+dyn = Dyn
+"""`nbdyn.dyn(df)`: the same as `df.dyn`."""
+
+
+def as_frame(data: pd.DataFrame | Mapping[str, Any], step: str) -> pd.DataFrame:
+    """A frame that `df.dyn` takes: the column `step` renamed to "step".
+
+    Args:
+        data: a frame, or a mapping from names to columns.
+        step: the name of the column that counts the steps.
+
+    Raises:
+        UnknownName: if there is no such column.
+        NbdynError: if there is another column called "step".
+
+    >>> as_frame({"iter": [0, 1], "loss": [2.0, 1.0]}, step="iter").columns.tolist()
+    ['step', 'loss']
+    """
+    frame = pd.DataFrame(data)
+    if step not in frame:
+        raise UnknownName(f"There is no column {step!r}; {did_you_mean(step, map(str, frame.columns))}")
+    if step != "step" and "step" in frame:
+        raise NbdynError(f"There is a column 'step' already; drop or rename it before {step!r} takes its name.")
+    return frame.rename(columns={step: "step"})
+
+
+def _average(values: Any, ema: float | None, window: int | None) -> Any:
+    """A column averaged over earlier rows; what is not finite stays and enters no average."""
+    values = values.astype("float64")
+    finite = values.where(np.isfinite(values))
+    if ema is not None:
+        # ignore_na: a NaN does not age the past; adjust is the division by 1 - a^(t+1)
+        mean = finite.ewm(alpha=1 - ema, adjust=True, ignore_na=True).mean()
+    else:
+        mean = finite.rolling(window, min_periods=1).mean()
+    return mean.where(finite.notna(), values)
+
+
+def _numbers(column: Any) -> np.ndarray:
+    """A column as float64, whatever pandas holds it in."""
+    return column.to_numpy(dtype="float64", na_value=np.nan)
+
+
+def _any_finite(column: Any) -> bool:
+    return pd.api.types.is_numeric_dtype(column) and bool(np.isfinite(_numbers(column)).any())
+
+
+def _is_tidy(frame: pd.DataFrame) -> bool:
+    return "quantity" in frame and "value" in frame
+
+
+def _quantities(frame: pd.DataFrame, besides: Sequence[str | None]) -> list[str]:
+    """The columns of numbers that are not positions."""
+    numbers = frame.select_dtypes(include=["number"]).columns
+    return [str(name) for name in numbers if name not in _POSITIONS and name not in besides]
+
+
+def _pivot(frame: pd.DataFrame, index: list[str]) -> pd.DataFrame:
+    """Tidy to wide, with the index columns as columns; the quantities keep their order."""
+    index = list(dict.fromkeys(index))
+    twice = frame.duplicated([*index, "quantity"])
+    if twice.any():
+        first = frame.loc[twice.idxmax()]
+        place = ", ".join(f"{c} {first[c]}" for c in index)
+        raise NbdynError(f"There are two values of {first['quantity']!r} at {place}; aggregate them first.")
+    wide = frame.pivot(index=index, columns="quantity", values="value")[list(frame["quantity"].unique())]
+    wide.columns.name = None
+    return wide.reset_index()

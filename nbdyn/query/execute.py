@@ -1,0 +1,131 @@
+"""A statement of text to a frame: parse, plan, read, say where it came from, and log it with the run."""
+
+# pyright: standard
+# pandas ships no complete types, so that the strict rules cannot hold here.
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+
+import pandas as pd
+
+from nbdyn.errors import NbdynError, UnknownName
+from nbdyn.query.comparison import compare
+from nbdyn.query.history import last
+from nbdyn.query.language import parse
+from nbdyn.query.plan import ComparePlan, LastPlan, Plan, ShowPlan, WeightsPlan, make_plan
+from nbdyn.query.rows import show, show_weights
+from nbdyn.query.runs import open_run
+from nbdyn.query.source import Source
+from nbdyn.query.tokens import caret
+from nbdyn.query.tree import Compare, Explain, Last, RunName, Show, Statement
+from nbdyn.schema import PROVENANCE
+from nbdyn.store import Store
+from nbdyn.store.provenance import with_provenance
+
+Resolve = Callable[[str], Store]
+
+
+def execute(text: str, store: Store, resolve: Resolve | None = None) -> pd.DataFrame:
+    """Run one statement of the language.
+
+    Args:
+        text: the statement; see docs/query.md.
+        store: the run that is asked.
+        resolve: gives the store of a run's name in `compare`; by default a path, or a run beside this one.
+
+    Returns:
+        A tidy frame. `attrs["nbdyn"]` is a dict of strings: run, uri, query (in its normal form), what, steps,
+        version, and note where there is something to know about the answer. The statement is written to the
+        logbook of every run that it read.
+
+    Raises:
+        QueryError: where the statement is wrong, with a caret under the place.
+        UnknownName: for a parameter or run that does not exist.
+        NotRecorded: where the run does not hold what is asked.
+    """
+    tree = parse(text)
+    if isinstance(tree, Explain):
+        return _explain(tree.statement, text, store, resolve)
+    source, plan = _plan(tree, text, store, resolve)
+    frame, notes = _run(plan, source)
+    stores = [run.store for run in plan.sources] if isinstance(plan, ComparePlan) else [store]
+    notes = [*plan.notes, *notes, *_log(str(tree), stores)]
+    return _with_origin(frame.reset_index(drop=True), tree, plan, stores, notes)
+
+
+def explain(text: str, store: Store, resolve: Resolve | None = None) -> pd.DataFrame:
+    """What a statement would read: one row an array, with its steps (inclusive), rows, bytes and how it is had.
+
+    Bytes are those before compression. Nothing is logged.
+
+    Args:
+        text: the statement, with or without `explain` before it.
+        store: the run that is asked.
+        resolve: as for `execute`.
+    """
+    tree = parse(text)
+    return _explain(tree.statement if isinstance(tree, Explain) else tree, text, store, resolve)
+
+
+def _explain(tree: Show | Last | Compare, text: str, store: Store, resolve: Resolve | None) -> pd.DataFrame:
+    _, plan = _plan(tree, text, store, resolve)
+    frame = pd.DataFrame([asdict(read) for read in plan.reads])
+    frame["columns"] = [", ".join(names) for names in frame["columns"]]
+    frame["stop"] -= 1
+    frame = frame.rename(columns={"start": "first_step", "stop": "last_step"})
+    stores = [run.store for run in plan.sources] if isinstance(plan, ComparePlan) else [store]
+    notes = [*plan.notes, f"result columns: {', '.join(plan.columns)}"]
+    return _with_origin(frame, Explain(tree), plan, stores, notes)
+
+
+def _plan(tree: Show | Last | Compare, text: str, store: Store, resolve: Resolve | None) -> tuple[Source, Plan]:
+    def named(run: RunName) -> Store:
+        try:
+            return resolve(run.name) if resolve is not None else open_run(run.name, store)
+        except UnknownName as error:
+            raise UnknownName(caret(text, run.position, str(error))) from None
+
+    source = Source(store, text)
+    return source, make_plan(tree, source, named)
+
+
+def _run(plan: Plan, source: Source) -> tuple[pd.DataFrame, list[str]]:
+    match plan:
+        case ShowPlan():
+            return show(plan, source)
+        case WeightsPlan():
+            return show_weights(plan, source)
+        case LastPlan():
+            return last(plan, source)
+        case ComparePlan():
+            return compare(plan)
+
+
+def _log(text: str, stores: list[Store]) -> list[str]:
+    """Write the statement to the runs' logbooks; a place that cannot be written is a note, no failure."""
+    notes: list[str] = []
+    for store in {store.uri: store for store in stores}.values():
+        try:
+            store.write_note(step=store.steps_committed, kind="statement", text=text)
+        except (NbdynError, OSError, RuntimeError) as error:
+            notes.append(f"not logged with {store.name}: {str(error).splitlines()[0]}")
+    return notes
+
+
+def _with_origin(
+    frame: pd.DataFrame, tree: Statement, plan: Plan, stores: list[Store], notes: list[str]
+) -> pd.DataFrame:
+    """The frame with where it came from in its attributes."""
+    verb = type(tree).__name__.lower()
+    what = {"last": "samples before an event: visits of the steps before event_step"}.get(verb, verb)
+    frame = with_provenance(frame, stores[0], what, query=str(tree))
+    spans = plan.ranges if isinstance(plan, ComparePlan) else ((plan.start, plan.stop),)
+    first, stop = min(start for start, _ in spans), max(stop for _, stop in spans)
+    origin: dict[str, str] = frame.attrs[PROVENANCE]
+    origin["run"] = ", ".join(store.name for store in stores)
+    origin["uri"] = ", ".join(store.uri for store in stores)
+    origin["steps"] = f"{first}..{stop - 1}" if stop > first else "none"
+    if notes:
+        origin["note"] = "; ".join(notes)
+    return frame

@@ -1,0 +1,270 @@
+"""What was acknowledged survives: SIGKILL at any moment, a full disk; and `resume` goes on bit for bit.
+
+This file is also the program that the child processes run: `python test_durability.py RUN WEIGHTS [METHOD]`.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+STEPS = 600
+EVERY = 40
+SAMPLES, FEATURES, CLASSES, BATCH = 64, 20, 4, 8
+KILLS = int(os.environ.get("NBDYN_KILLS", "4"))
+
+
+def dataset() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(11)
+    inputs = torch.randn(SAMPLES, FEATURES, generator=generator)
+    return inputs, torch.randint(0, CLASSES, (SAMPLES,), generator=generator)
+
+
+def network(seed: int) -> tuple[nn.Module, torch.optim.Optimizer, nn.Module]:
+    """An MLP with dropout and Adam: going on exactly needs generators and optimizer state too."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(FEATURES, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, CLASSES))
+    return model, torch.optim.Adam(model.parameters(), 0.01), nn.CrossEntropyLoss()
+
+
+def ids_of(step: int) -> np.ndarray:
+    return np.random.default_rng(step).permutation(SAMPLES)[:BATCH]
+
+
+def flat(model: nn.Module) -> np.ndarray:
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()]).numpy().copy()
+
+
+def child(path: str, weights: str, die_in: str) -> None:
+    """Train, recorded, saying which steps are on disk; with `die_in`, die at the third call of that method."""
+    import nbdyn
+    from nbdyn.recorder import pipeline, sink
+    from nbdyn.store.writer import SegmentWriter
+
+    torch.set_num_threads(1)
+    sink.SEGMENT_SECONDS = pipeline.WAKE_SECONDS = 0.02  # many commits
+    if die_in == "finish_metadata":
+        sink.finish_metadata = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+    elif die_in:
+        original, calls = getattr(SegmentWriter, die_in), []
+
+        def dying(*args: object) -> None:
+            calls.append(1)
+            if len(calls) == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            original(*args)
+
+        setattr(SegmentWriter, die_in, dying)
+    inputs, targets = dataset()
+    model, optimizer, loss_fn = network(0)
+    print("ready", flush=True)
+    with nbdyn.record(path, model, optimizer, loss_fn, weights=weights, every=EVERY) as rec:
+        acknowledged = 0
+        for step in range(STEPS):
+            if rec.flushed > acknowledged:
+                acknowledged = rec.flushed
+                print("flushed", acknowledged, flush=True)
+            time.sleep(0.001)
+            ids = ids_of(step)
+            rec.batch(ids)
+            loss = loss_fn(model(inputs[ids]), targets[ids])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            rec.log(twice=2 * loss.detach())
+    print("flushed", rec.flushed, flush=True)
+
+
+def start_child(path: Path, weights: str, die_in: str = "") -> subprocess.Popen[str]:
+    root = str(Path(__file__).parents[2])
+    process = subprocess.Popen(
+        [sys.executable, __file__, str(path), weights, die_in],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": root},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def acknowledgements(process: subprocess.Popen[str]) -> Iterator[int]:
+    """How many steps the child says are on disk, as it says it, until its end."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("flushed "):
+            yield int(line.split()[1])
+
+
+def kill_after(process: subprocess.Popen[str], step: int, seconds: float) -> int:
+    """Kill the child some time after it acknowledged `step` (negative: at once); the last acknowledgement it made."""
+    heard = acknowledgements(process)
+    acknowledged = next((said for said in heard if said >= step), 0) if step > 0 else 0
+    time.sleep(seconds)
+    process.send_signal(signal.SIGKILL)
+    return max([acknowledged, *heard])
+
+
+class Reference:
+    """The undisturbed training, without nbdyn."""
+
+    def __init__(self) -> None:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        inputs, targets = dataset()
+        model, optimizer, loss_fn = network(0)
+        rows, losses, each = [], [], []
+        for step in range(STEPS):
+            rows.append(flat(model))
+            ids = ids_of(step)
+            outputs = model(inputs[ids])
+            loss = loss_fn(outputs, targets[ids])
+            each.append(nn.functional.cross_entropy(outputs.detach(), targets[ids], reduction="none").numpy())
+            losses.append(loss.item())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        self.weights = np.stack([*rows, flat(model)])
+        self.losses, self.sample_losses = np.array(losses), np.stack(each)
+        torch.set_num_threads(threads)
+
+    def check(self, path: Path) -> int:
+        """Every committed step of the run is bit for bit the reference's; returns how many there are."""
+        import nbdyn
+
+        run = nbdyn.open(path)
+        count, stored = len(run), run.weights.steps
+        np.testing.assert_array_equal(run.weights["all"], self.weights[stored])
+        steps, visits = run.steps, run.visits
+        np.testing.assert_array_equal(steps["step"], np.arange(count))
+        np.testing.assert_array_equal(steps["loss"], self.losses[:count])
+        np.testing.assert_array_equal(steps["twice"] if count else [], 2 * self.losses[:count])
+        np.testing.assert_array_equal(visits["sample"], np.concatenate([*map(ids_of, range(count)), []]))
+        np.testing.assert_array_equal(visits["loss"], self.sample_losses[:count].reshape(-1))
+        return count
+
+
+@pytest.fixture(scope="module")
+def reference() -> Reference:
+    return Reference()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def resume(path: Path, weights: str, seed: int) -> None:
+    """Go on in this process, with a model of another seed, to the end."""
+    import nbdyn
+
+    inputs, targets = dataset()
+    model, optimizer, loss_fn = network(seed)
+    with nbdyn.record(
+        path, model, optimizer, loss_fn, data=(inputs, targets), weights=weights, every=EVERY, mode="resume"
+    ) as rec:
+        for step in range(rec.step, STEPS):
+            ids = ids_of(step)
+            rec.batch(ids)
+            loss = loss_fn(model(inputs[ids]), targets[ids])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            rec.log(twice=2 * loss.detach())
+
+
+def leftovers(path: Path, timestamp: int) -> list[str]:
+    """Fragments without a commit, and fragments or metadata of segments after the last committed one."""
+    found = []
+    for array in ("weights", "state", "scalars", "visits", "steps"):
+        commits = {entry.stem for entry in (path / array / "__commits").iterdir()}
+        for folder in ("__fragments", "__meta"):
+            for entry in (path / array / folder).iterdir():
+                uncommitted = folder == "__fragments" and entry.name not in commits
+                if uncommitted or int(entry.name.split("_")[2]) > timestamp:
+                    found.append(f"{array}/{folder}/{entry.name}")
+    return found
+
+
+def recover(path: Path, weights: str, acknowledged: int, reference: Reference) -> int:
+    """All that must hold after a kill. Returns how many fragments gc removed."""
+    import nbdyn
+    from nbdyn.store import verify
+
+    run = nbdyn.open(path)
+    assert run.status == "killed"
+    assert len(run) >= acknowledged
+    before = reference.check(path)
+    assert len(verify.verify(str(path))) == 0
+    removed = verify.gc(str(path))
+    assert leftovers(path, run.store.timestamp) == []
+    assert len(verify.gc(str(path))) == 0
+    assert len(verify.verify(str(path))) == 0
+    assert reference.check(path) == before
+    resume(path, weights, seed=99 if before else 0)  # without a step there is nothing to restore
+    assert reference.check(path) == STEPS
+    assert nbdyn.open(path).status == "complete"
+    assert len(verify.verify(str(path))) == 0
+    assert leftovers(path, nbdyn.open(path).store.timestamp) == []
+    return len(removed)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("number", range(KILLS))
+def test_killed_at_any_moment(number: int, tmp_path: Path, reference: Reference) -> None:
+    from nbdyn.errors import NbdynError
+    from nbdyn.store import Store
+
+    chance = random.Random(1000 + number)
+    weights = "snapshots" if number % 4 == 3 else "every"
+    path = tmp_path / "run"
+    with start_child(path, weights) as process:
+        acknowledged = kill_after(process, chance.randrange(-STEPS // 5, 4 * STEPS // 5), chance.uniform(0, 0.1))
+    try:
+        Store(path)
+    except NbdynError:  # killed before the run existed: nothing was promised
+        assert acknowledged == 0
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    if Store(path).status == "complete":  # this computer was faster than the kill
+        assert reference.check(path) == STEPS
+        return
+    recover(path, weights, acknowledged, reference)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(
+    ("method", "weights", "orphans"),
+    [("_write_steps", "every", True), ("_write_visits", "snapshots", True), ("finish_metadata", "snapshots", False)],
+)
+def test_killed_inside_a_commit(
+    method: str, weights: str, orphans: bool, tmp_path: Path, reference: Reference
+) -> None:
+    """All arrays of a segment are written but `steps`; two are not; all is written, but the run not marked."""
+    path = tmp_path / "run"
+    with start_child(path, weights, method) as process:
+        acknowledged = max(acknowledgements(process))
+    assert process.returncode == -signal.SIGKILL
+    assert acknowledged > 0
+    removed = recover(path, weights, acknowledged, reference)
+    assert (removed > 0) == orphans
+
+
+if __name__ == "__main__":
+    child(*sys.argv[1:])

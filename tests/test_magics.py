@@ -1,0 +1,321 @@
+"""%dyn and %%dyn in a real shell: options, results, errors, completion, and an unload that leaves the rest alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from IPython.core.completer import context_matcher, provisionalcompleter
+from IPython.core.error import UsageError
+from IPython.core.interactiveshell import InteractiveShell
+
+import nbdyn.run
+from nbdyn import magics
+from nbdyn.magics import split_options, statements
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two recorded runs, `fc` and `fc-2`, of two epochs with three steps each."""
+    import torch
+
+    path = tmp_path_factory.mktemp("runs")
+    for seed, name in enumerate(["fc", "fc-2"]):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        loss_fn = torch.nn.CrossEntropyLoss()
+        data = torch.utils.data.TensorDataset(torch.randn(12, 3), torch.arange(12) % 2)
+        order = torch.Generator().manual_seed(seed)
+        loader = torch.utils.data.DataLoader(data, batch_size=4, shuffle=True, generator=order)
+        with nbdyn.run.record(path / name, model, optimizer, loss_fn, weights="every") as recorder:
+            for _ in range(2):
+                for x, y in recorder.watch(loader):
+                    optimizer.zero_grad()
+                    loss_fn(model(x), y).backward()
+                    optimizer.step()
+    return path
+
+
+@pytest.fixture
+def shell(monkeypatch: pytest.MonkeyPatch) -> Iterator[InteractiveShell]:
+    """A shell with the magics, no history file, and no run open."""
+    monkeypatch.setattr(nbdyn.run, "_current", None)
+    InteractiveShell.clear_instance()
+    shell = InteractiveShell.instance()
+    shell.history_manager.enabled = False
+    magics.load_ipython_extension(shell)
+    yield shell
+    shell.history_manager.end_session()
+    InteractiveShell.clear_instance()
+
+
+@pytest.fixture
+def run(shell: InteractiveShell, folder: Path) -> nbdyn.run.Run:
+    """The run `fc`, opened, so that a bare %dyn speaks to it."""
+    return nbdyn.run.open(folder / "fc")
+
+
+def dyn(shell: InteractiveShell, line: str) -> Any:
+    return shell.run_line_magic("dyn", line)
+
+
+def error(shell: InteractiveShell, line: str) -> str:
+    with pytest.raises(UsageError) as caught:
+        dyn(shell, line)
+    # A subclass would print a traceback.
+    assert type(caught.value) is UsageError
+    return str(caught.value)
+
+
+# Options ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "run", "out", "rest"),
+    [
+        ("show loss", None, None, "show loss"),
+        ("-o hot show  loss   where lr > 1", None, "hot", "show  loss   where lr > 1"),
+        ("--out=hot --run runs/fc show it's \"odd", "runs/fc", "hot", "show it's \"odd"),
+        ("-r 'my runs/fc' show `a b` -- {x} $y", "my runs/fc", None, "show `a b` -- {x} $y"),
+        ("-r fc", "fc", None, ""),
+    ],
+)
+def test_options_first_then_the_query_as_typed(line: str, run: str | None, out: str | None, rest: str):
+    options, query = split_options(line)
+    assert (options.run, options.out, query) == (run, out, rest)
+
+
+@given(st.text(max_size=40))
+def test_any_line_is_options_and_a_rest_or_a_usage_error(line: str):
+    try:
+        _, rest = split_options(line)
+    except UsageError:
+        return
+    assert line.strip().endswith(rest) and not rest.startswith("-")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--runn x show loss", 'unknown option "--runn"; did you mean "--run"?'),
+        ("-o", "-o needs a name for the result: -o result."),
+        ("-r", "-r needs a variable or path: -r runs/fc."),
+        ("-o 2x show loss", '"2x" is no name for a variable; write -o result.'),
+        ("- show", 'unknown option "-"; did you mean'),
+    ],
+)
+def test_wrong_options(shell: InteractiveShell, line: str, message: str):
+    assert error(shell, line).startswith(message)
+
+
+def test_statements_of_a_cell():
+    cell = "# first\nshow loss  # now\n\ncompare a, b\n    by loss,\nacc\nshow acc\n"
+    assert statements(cell) == ["show loss  # now", "compare a, b\n    by loss,\nacc", "show acc"]
+
+
+# Results ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_line_returns_a_frame(shell: InteractiveShell, run: nbdyn.run.Run):
+    frame = dyn(shell, "show loss, |grad| during epoch 1")
+    assert isinstance(frame, pd.DataFrame) and list(frame["step"]) == [3, 4, 5]
+    pd.testing.assert_series_equal(frame["loss"], run.steps["loss"][3:].reset_index(drop=True))
+    shell.run_cell("x = %dyn show loss at step 2")
+    assert list(shell.user_ns["x"]["step"]) == [2]
+
+
+def test_out_stores_and_returns_nothing(shell: InteractiveShell, run: nbdyn.run.Run):
+    assert dyn(shell, "-o hot show loss") is None
+    assert len(shell.user_ns["hot"]) == 6
+
+
+def test_braces_and_dollars_belong_to_the_query(shell: InteractiveShell, run: nbdyn.run.Run):
+    shell.user_ns["loss"] = "acc"
+    # Seen by the parser as typed: run_cell would have put "acc" there without no_var_expand.
+    assert "{loss}" in str(shell.run_cell("%dyn show {loss}").error_in_exec)
+
+
+def test_a_cell_of_statements(shell: InteractiveShell, run: nbdyn.run.Run, monkeypatch: pytest.MonkeyPatch):
+    shown: list[Any] = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    cell = "# two answers\nshow loss at step 1\nshow acc\n  during epoch 0\n"
+    last = shell.run_cell_magic("dyn", "", cell)
+    assert [list(frame.columns) for frame in shown] == [["step", "loss"]]
+    assert list(last.columns) == ["step", "acc"] and len(last) == 3
+    assert shell.run_cell_magic("dyn", "-o kept", cell) is None
+    assert len(shell.user_ns["kept"]) == 3
+
+
+def test_notes_are_one_line(shell: InteractiveShell, run: nbdyn.run.Run, capsys: pytest.CaptureFixture[str]):
+    dyn(shell, "last 5 samples before loss > 1e9")
+    assert capsys.readouterr().out.startswith("nbdyn: no step in 0..5 where loss > 1000000000; nearest loss = ")
+
+
+def test_explain(shell: InteractiveShell, run: nbdyn.run.Run):
+    assert list(dyn(shell, "explain show loss")["array"]) == ["steps"]
+
+
+# Runs -------------------------------------------------------------------------------------------------------------
+
+
+def test_open_and_runs(shell: InteractiveShell, folder: Path):
+    opened = dyn(shell, f'open "{folder / "fc"}"')
+    assert opened.name == "fc" and nbdyn.run.current() is opened
+    assert list(dyn(shell, "runs")["run"]) == ["fc", "fc-2"]
+    assert list(dyn(shell, f"runs {folder}")["run"]) == ["fc", "fc-2"]
+
+
+def test_the_run_option_speaks_for_its_statement_only(shell: InteractiveShell, run: nbdyn.run.Run, folder: Path):
+    other = nbdyn.run.Run(type(run.store)(folder / "fc-2"))
+    shell.user_ns["other"] = other
+    for name in ("other", folder / "fc-2"):
+        assert dyn(shell, f"-r {name} show loss").attrs["nbdyn"]["run"] == "fc-2"
+    assert dyn(shell, "show loss").attrs["nbdyn"]["run"] == "fc"
+
+
+def test_two_runs_compared(shell: InteractiveShell, run: nbdyn.run.Run):
+    frame = dyn(shell, "compare fc, fc-2 by progress(loss), dist(w, init), acc at step 5")
+    assert list(frame["run"]) == ["fc", "fc-2"]
+    expected = run.weights["all", 5].astype(float) - run.weights["all", 0].astype(float)
+    assert frame["dist(w, init)"][0] == pytest.approx((expected**2).sum() ** 0.5)
+
+
+def test_help(shell: InteractiveShell, capsys: pytest.CaptureFixture[str], folder: Path):
+    dyn(shell, "")
+    assert "no run is open; type %dyn open PATH" in capsys.readouterr().out
+    nbdyn.run.open(folder / "fc")
+    dyn(shell, "")
+    told = capsys.readouterr().out
+    assert told.startswith("%dyn speaks to fc (")
+    for verb in ("show", "last", "compare", "explain", "open", "runs"):
+        assert f"  {verb:8} %dyn {verb}" in told
+
+
+# Errors -----------------------------------------------------------------------------------------------------------
+
+
+def test_errors_are_usage_errors(shell: InteractiveShell, folder: Path):
+    assert error(shell, "show loss") == "no run is open; type %dyn open PATH, or name one: %dyn -r runs/fc ..."
+    assert error(shell, "open").startswith("%dyn open needs the path of a run")
+    assert "nothing is there" in error(shell, f"open {folder / 'nowhere'}")
+    nbdyn.run.open(folder / "fc")
+    assert error(shell, "show los") == 'unknown field "los" of steps; did you mean "loss"?\n  show los\n       ^'
+    assert error(shell, "show loss,").endswith("\nFor a statement of several lines use %%dyn.")
+    assert error(shell, "-r bogus show loss").startswith('no variable and no folder is called "bogus"')
+    shell.user_ns["number"] = 3
+    assert error(shell, "-r number show loss").startswith('"number" holds a int, not a run')
+
+
+def test_an_error_prints_no_traceback(shell: InteractiveShell, run: nbdyn.run.Run, capsys: pytest.CaptureFixture[str]):
+    shell.run_cell("%dyn show los")
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.out + captured.err
+    assert 'UsageError: unknown field "los"' in captured.err
+
+
+def test_the_line_of_a_cell_takes_options_only(shell: InteractiveShell, run: nbdyn.run.Run):
+    with pytest.raises(UsageError, match="options only"):
+        shell.run_cell_magic("dyn", "show loss", "show acc")
+
+
+# Completion -------------------------------------------------------------------------------------------------------
+
+
+def completions(shell: InteractiveShell, text: str) -> list[str]:
+    """What a press of Tab at the end of some text would make of its last line."""
+    with provisionalcompleter():
+        found = list(shell.Completer.completions(text, len(text)))
+    return [(text[: word.start] + word.text).split("\n")[-1] for word in found]
+
+
+@pytest.mark.parametrize(
+    ("text", "completed"),
+    [
+        ("%dyn sho", "%dyn show"),
+        ("%dyn op", "%dyn open"),
+        ("%dyn show loss dur", "%dyn show loss during"),
+        ("x = %dyn show gra", "x = %dyn show grad_norm"),
+        ("%dyn -o hot show lo", "%dyn -o hot show loss"),
+        ("%dyn last 5 samples before 0.we", "%dyn last 5 samples before 0.weight"),
+        ("%dyn show w of ", "%dyn show w of 2.*"),
+        ("%dyn compare fc, fc", "%dyn compare fc, fc-2"),
+        ("%dyn compare fc, fc-2 by pro", "%dyn compare fc, fc-2 by progress(loss)"),
+        ("%%dyn\nshow loss\nlast 5 samples be", "last 5 samples before"),
+        ("%%dyn -o x\ncompare fc, fc-2\n  by di", "  by dist(w, init)"),
+        ("%%dyn\ncompare fc, fc-2 by\nlo", "loss"),
+        ("%dyn --ru", "%dyn --run"),
+        ("%%dyn --ou", "%%dyn --out"),
+    ],
+)
+def test_completion(shell: InteractiveShell, run: nbdyn.run.Run, text: str, completed: str):
+    assert completed in completions(shell, text)
+
+
+def test_completion_of_runs(shell: InteractiveShell, run: nbdyn.run.Run, monkeypatch: pytest.MonkeyPatch, folder: Path):
+    monkeypatch.chdir(folder.parent)
+    shell.user_ns["mine"] = run
+    assert completions(shell, "%dyn -r mi") == ["%dyn -r mine"]
+    assert f"%dyn -r {folder.name}/fc-2" in completions(shell, f"%dyn -r {folder.name}/f")
+
+
+def test_other_lines_are_left_to_others(shell: InteractiveShell, run: nbdyn.run.Run):
+    shell.user_ns["shower"] = 1
+    assert "shower" in completions(shell, "sho")
+    assert "show" not in completions(shell, "sho")
+    assert "show" not in completions(shell, "%%time\nsho")
+
+
+# Loading and unloading --------------------------------------------------------------------------------------------
+
+
+def test_loading_twice_is_harmless(shell: InteractiveShell):
+    matchers = list(shell.Completer.custom_matchers)
+    magics.load_ipython_extension(shell)
+    assert shell.Completer.custom_matchers == matchers
+    assert len(list(shell.strdispatchers["complete_command"].s_matches("%dyn"))) == 1
+
+
+def test_unload_takes_back_its_own_and_nothing_else(shell: InteractiveShell):
+    magics.unload_ipython_extension(shell)
+    before = _state(shell)
+
+    def hook(_shell: InteractiveShell, event: SimpleNamespace) -> list[str]:
+        return ["theirs"]
+
+    matcher = context_matcher(identifier="theirs")(lambda context: {"completions": []})
+    shell.set_hook("complete_command", hook, str_key="%dyn")
+    shell.Completer.custom_matchers.append(matcher)
+    magics.load_ipython_extension(shell)
+    assert shell.find_line_magic("dyn") and shell.find_cell_magic("dyn")
+    magics.unload_ipython_extension(shell)
+    assert shell.find_line_magic("dyn") is None and shell.find_cell_magic("dyn") is None
+    assert matcher in shell.Completer.custom_matchers
+    (kept,) = shell.strdispatchers["complete_command"].s_matches("%dyn")
+    assert kept.__func__ is hook
+    shell.strdispatchers["complete_command"].strs.pop("%dyn")
+    shell.Completer.custom_matchers.remove(matcher)
+    assert _state(shell) == before
+    magics.unload_ipython_extension(shell)
+
+
+def test_unload_leaves_a_later_magic_of_the_same_name(shell: InteractiveShell):
+    shell.register_magic_function(lambda line: "theirs", "line", "dyn")
+    magics.unload_ipython_extension(shell)
+    assert dyn(shell, "") == "theirs"
+
+
+def _state(shell: InteractiveShell) -> tuple[Any, ...]:
+    dispatchers = shell.strdispatchers["complete_command"]
+    return (
+        {kind: sorted(names) for kind, names in shell.magics_manager.magics.items()},
+        sorted(shell.magics_manager.registry),
+        sorted(dispatchers.strs),
+        list(shell.Completer.custom_matchers),
+    )
