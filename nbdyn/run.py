@@ -179,7 +179,7 @@ class Run:
         """Loss, learning rate, gradient norm and update/weight ratio over all steps, as a widget."""
         from nbdyn.widgets.cockpit import Cockpit
 
-        return Cockpit.from_frame(self.steps, self.name, uri=self.uri)
+        return Cockpit.from_frame(self.steps, self.name, uri=self.uri, status=self.status)
 
     def __repr__(self) -> str:
         return (

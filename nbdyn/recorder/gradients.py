@@ -23,11 +23,16 @@ class GradientWatch:
         self._on_backward = on_backward
         self._raw: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
         self._place = {id(p): place for place, p in enumerate(parameters)}
-        self._handles = [
-            p.register_post_accumulate_grad_hook(self._after_accumulation) for p in parameters if p.requires_grad
-        ]
+        self._handles: dict[int, Any] = {}
+        self._hook_new()
         self.waiting = True
         self.copies: list[torch.Tensor] | None = None
+
+    def _hook_new(self) -> None:
+        """Hook parameters that require a gradient and are not hooked yet (frozen ones may thaw)."""
+        for p in self._parameters:
+            if p.requires_grad and id(p) not in self._handles:
+                self._handles[id(p)] = p.register_post_accumulate_grad_hook(self._after_accumulation)
 
     def keep_copies(self) -> None:
         """From now on keep a copy of each raw gradient: this loop changes gradients before the step."""
@@ -48,6 +53,7 @@ class GradientWatch:
 
     def changed(self) -> bool:
         """Whether any gradient is not what the last backward pass left."""
+        self._hook_new()
         for p in self._parameters:
             if p.grad is not None:
                 known = self._raw.get(id(p))
@@ -57,7 +63,7 @@ class GradientWatch:
 
     def remove(self) -> None:
         """Unhook."""
-        for handle in self._handles:
+        for handle in self._handles.values():
             handle.remove()
 
 

@@ -57,10 +57,11 @@ class LossProbe:
         elements = self.unreduced(outputs.detach(), targets)
         if not isinstance(elements, torch.Tensor) or elements.numel() % size or elements.ndim == 0:
             return None
-        table = elements.reshape(size, -1)
-        if reduction_of(self.loss_fn) == "sum":
-            return table.sum(1), 1.0
-        return table.mean(1), self._scale(targets, size)
+        is_sum = reduction_of(self.loss_fn) == "sum"
+        if elements.ndim > 1 or len(elements) != size:
+            table = elements.reshape(size, -1)
+            elements = table.sum(1) if is_sum else table.mean(1)
+        return elements, 1.0 if is_sum else self._scale(targets, size)
 
     def _scale(self, targets: Any, size: int) -> Any:
         """See the class; a tensor where it depends on the targets (the writer takes its value)."""
@@ -69,10 +70,10 @@ class LossProbe:
         if ignored is None or torch.is_floating_point(targets):
             return float(size)
         # nn losses have ignore_index = -100 also where it was never asked for; then this is size, exactly.
-        kept = (targets != ignored).double()
+        kept = targets != ignored
         if weight is not None:
             kept = kept * weight.double()[targets.clamp(min=0)]
-        return kept.sum() * (size / targets.numel())
+        return kept.sum() if targets.numel() == size else kept.sum() * (size / targets.numel())
 
 
 def reduction_of(loss_fn: Any) -> str:

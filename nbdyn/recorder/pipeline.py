@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -9,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from nbdyn.errors import NbdynError, RecordingStopped
+from nbdyn.errors import RecordingStopped
 
 WAKE_SECONDS = 0.2
 """How often the writer looks for new records; also the pace of live views (5 Hz)."""
@@ -21,12 +22,13 @@ class Pipeline:
     """A queue of records and one thread that drains it.
 
     Args:
-        work: called on the writer's thread as work(records, final); returns the bytes that it released.
+        work: called on the writer's thread as work(records, final, hurry); returns the bytes that it released.
+            `hurry`: training waits until memory is released.
         memory: bytes that may wait; `put` blocks above it, until the writer has caught up. Nothing is dropped.
         setup: called once on the writer's thread before anything else.
     """
 
-    def __init__(self, work: Callable[[list[Any], bool], int], memory: int, setup: Callable[[], None]) -> None:
+    def __init__(self, work: Callable[[list[Any], bool, bool], int], memory: int, setup: Callable[[], None]) -> None:
         self._work = work
         self._memory = memory
         self._setup = setup
@@ -34,6 +36,7 @@ class Pipeline:
         self._waiting = 0
         self._closing = False
         self._urgent = False
+        self._hurry = False
         self._changed = threading.Condition()
         self.error: BaseException | None = None
         self.seconds_waited = 0.0
@@ -47,25 +50,29 @@ class Pipeline:
             RecordingStopped: if the writer failed.
         """
         with self._changed:
-            if self._waiting + nbytes > self._memory and self._waiting and self.error is None:
-                started = time.perf_counter()
-                self._urgent = True
-                self._changed.notify_all()
-                self._changed.wait_for(
-                    lambda: self._waiting + nbytes <= self._memory or not self._waiting or self.error
-                )
-                self.seconds_waited += time.perf_counter() - started
-            self._records.append(record)
-            self._waiting += nbytes
+            try:
+                if self._waiting + nbytes > self._memory:
+                    self._wait_for_room(nbytes)
+            finally:  # also when an interrupt ends the wait: a step that was taken must not be missing
+                self._waiting += nbytes
+                self._records.append(record)
             if urgent:
                 self._urgent = True
                 self._changed.notify_all()
         self.check()
 
+    def _wait_for_room(self, nbytes: int) -> None:
+        started = time.perf_counter()
+        while self._waiting and self._waiting + nbytes > self._memory and self.error is None:
+            self._urgent = self._hurry = True
+            self._changed.notify_all()
+            self._changed.wait()
+        self.seconds_waited += time.perf_counter() - started
+
     def check(self) -> None:
         """Raise what stopped the writer, if anything did."""
         if self.error is not None:
-            if isinstance(self.error, NbdynError):
+            if isinstance(self.error, RecordingStopped):
                 raise self.error
             raise RecordingStopped(
                 f"recording has stopped, the writer failed: {self.error}. Every acknowledged step is on disk; "
@@ -80,16 +87,16 @@ class Pipeline:
         self._thread.join()
 
     def _run(self) -> None:
-        _step_back()
         try:
+            _step_back()
             self._setup()
             while True:
                 with self._changed:
                     self._changed.wait_for(lambda: self._closing or self._urgent, timeout=WAKE_SECONDS)
-                    self._urgent = False
+                    hurry, self._urgent, self._hurry = self._hurry, False, False
                     records, self._records = self._records, []
                     final = self._closing
-                released = self._work(records, final)
+                released = self._work(records, final, hurry)
                 with self._changed:
                     self._waiting -= released
                     self._changed.notify_all()
@@ -104,4 +111,5 @@ class Pipeline:
 def _step_back() -> None:
     """Lower this thread's priority where the system has per-thread ones (Linux)."""
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        with contextlib.suppress(OSError):  # a sandbox may forbid it; the writer then works at training's priority
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

@@ -97,9 +97,8 @@ def replay(
         if step in stored and step != anchor:
             residuals[step] = float(np.max(np.abs(row.astype(np.float64) - store.weights.row(step)), initial=0.0))
 
-    devices = [p.device for p in model.parameters() if p.is_cuda]
-    with torch.random.fork_rng(devices=sorted({d.index for d in devices})):
-        load_state(store, anchor, model, rebuilt, set_generators=False)
+    with snapshot.generators_kept():
+        load_state(store, anchor, model, rebuilt)
         advance(store, anchor, t1, model, rebuilt, loss_fn, data, keep)
     return Replay(np.arange(t0, t1 + 1), np.stack(kept), residuals, of, store)
 
@@ -224,7 +223,6 @@ def load_state(
     step: int,
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
-    set_generators: bool = True,
 ) -> None:
     """Put weights[step], the buffers and, with an optimizer, its state and the random generators, as recorded.
 
@@ -251,11 +249,10 @@ def load_state(
     recorded = snapshot.from_bytes(data)
     snapshot.restore_optimizer(optimizer, recorded)
     snapshot.set_modes(model, recorded)
-    if set_generators:
-        snapshot.restore_generators(recorded)
-        rng = state.latest(store, step, PART_RNG)
-        if rng is not None:
-            torch.set_rng_state(torch.frombuffer(bytearray(rng), dtype=torch.uint8))
+    snapshot.restore_generators(recorded)
+    rng = state.latest(store, step, PART_RNG)
+    if rng is not None:
+        torch.set_rng_state(torch.frombuffer(bytearray(rng), dtype=torch.uint8))
 
 
 @torch.no_grad()

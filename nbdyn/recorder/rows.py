@@ -50,17 +50,15 @@ class RowBlocks:
     def copy(self, tensors: list[torch.Tensor]) -> tuple[Block, int]:
         """Copy tensors into the next row; returns its block and place."""
         block = self._current
-        if block is None or block.used == self.per_block:
+        if block is None:
             block = self._current = self._take()
         row = block.used
         block.used += 1
+        if block.used == self.per_block:
+            self._current = None  # a full block belongs to the writer, who gives it back once it is written
         with torch.no_grad():
             torch._foreach_copy_(block.views[row], tensors, non_blocking=True)
         return block, row
-
-    def end_block(self) -> None:
-        """Let the next row begin a new block (the current one is being written)."""
-        self._current = None
 
     def give_back(self, block: Block) -> None:
         """Return a block whose rows are written."""
@@ -81,29 +79,24 @@ class RowBlocks:
 
 
 class Staged:
-    """Tensors on their way to the host: complete after `wait`.
+    """Tensors on their way from a GPU to the host: complete after `wait`.
 
-    On the CPU they are taken as they are. From a GPU they are copied into pinned memory on the stream that made
-    them, and an event tells the writer when they have arrived: training never waits for the device.
+    They are copied into pinned memory on the stream that made them, and an event tells the writer when they, and all
+    rows copied before, have arrived: training never waits for the device.
     """
 
     __slots__ = ("event", "tensors")
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
-        self.event: Any = None
-        if tensors and tensors[0].is_cuda:
-            pinned = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
-            for host, t in zip(pinned, tensors, strict=True):
-                host.copy_(t.detach(), non_blocking=True)
-            self.event = torch.cuda.Event()
-            self.event.record()
-            tensors = pinned
-        self.tensors = tensors
+        self.tensors = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
+        for host, t in zip(self.tensors, tensors, strict=True):
+            host.copy_(t.detach(), non_blocking=True)
+        self.event = torch.cuda.Event()
+        self.event.record()
 
     def wait(self) -> list[torch.Tensor]:
         """The tensors on the host; blocks the caller (the writer's thread) until they are there."""
-        if self.event is not None:
-            self.event.synchronize()
+        self.event.synchronize()
         return self.tensors
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from nbdyn.errors import NbdynError
 from nbdyn.recorder.replay import advance, load_state
 from nbdyn.settings import say
 from nbdyn.store import Store, state
@@ -18,7 +20,8 @@ if TYPE_CHECKING:
 
 _open: dict[str, Recorder] = {}
 _cell_start: dict[str, int] = {}
-_installed: set[str] = set()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_open.clear)  # the writer's thread stays with the parent
 
 
 def recording() -> list[str]:
@@ -29,18 +32,22 @@ def recording() -> list[str]:
 def register(recorder: Recorder) -> None:
     """Make sure that the recorder is closed, whatever ends its cell or process."""
     _open[recorder.uri] = recorder
-    if "atexit" not in _installed:
-        atexit.register(_at_exit)
-        _installed.add("atexit")
-    if "cells" not in _installed and "IPython" in sys.modules:
-        from IPython.core.getipython import get_ipython
-
-        shell = get_ipython()
-        if shell is not None:
-            shell.events.register("pre_run_cell", _before_cell)
-            shell.events.register("post_run_cell", _after_cell)
-            _installed.add("cells")
     _cell_start[recorder.uri] = recorder.step
+    atexit.unregister(_at_exit)
+    atexit.register(_at_exit)
+    shell = _shell()
+    if shell is not None:  # IPython keeps one entry, however often it is registered
+        shell.events.register("pre_run_cell", _before_cell)
+        shell.events.register("post_run_cell", _after_cell)
+
+
+def _shell() -> Any:
+    """The IPython shell of this process, None outside IPython."""
+    if "IPython" not in sys.modules:
+        return None
+    from IPython.core.getipython import get_ipython
+
+    return get_ipython()
 
 
 def unregister(recorder: Recorder) -> None:
@@ -53,7 +60,15 @@ def close_superseded(uri: str) -> None:
     """A recording cell is run again: the recorder that still holds the path is closed first."""
     earlier = _open[uri]
     say(f"the earlier recorder of {earlier.uri.rsplit('/', 1)[-1]} in this session was still open; closing it.")
-    earlier.close("interrupted")
+    _close(earlier, "interrupted")
+
+
+def _close(recorder: Recorder, status: str) -> None:
+    """Close a recorder where nobody could catch its error."""
+    try:
+        recorder.close(status)
+    except NbdynError as error:
+        say(str(error))
 
 
 def _before_cell(info: Any) -> None:
@@ -67,24 +82,25 @@ def _after_cell(result: Any) -> None:
         return
     for uri, recorder in list(_open.items()):
         if recorder.step > _cell_start.get(uri, 0):
-            recorder.close("interrupted")
+            _close(recorder, "interrupted")
 
 
 def _at_exit() -> None:
-    failed = getattr(sys, "last_value", None) is not None
+    # In IPython an error is any cell's, and `_after_cell` has seen to it; in a script it ended the script.
+    failed = _shell() is None and getattr(sys, "last_value", None) is not None
     for recorder in list(_open.values()):
-        recorder.close("interrupted" if failed else "complete")
+        _close(recorder, "interrupted" if failed else "complete")
 
 
 def restore(store: Store, model: nn.Module, optimizer: torch.optim.Optimizer, loss_fn: Any, data: Any) -> None:
     """Bring model, optimizer and generators to the run's last committed step, so that training goes on from there.
 
-    A model that already holds weights[T] (a cell run again) is left alone. After a clean close the state at T is
+    A model that already holds weights[T] and whose optimizer has a state (a cell run again) is left alone. After a clean close the state at T is
     stored; after a kill it is rebuilt by replay from the last snapshot, which needs `data` and `loss_fn`.
     """
     end = store.steps_committed
     stored = store.weights.steps
-    if end in stored and _holds(model, store, end):
+    if end in stored and optimizer.state and _holds(model, store, end):
         say(f"resuming {store.name} at step {end}; the model holds its weights already.")
         return
     anchor = state.last_snapshot(store, end)

@@ -203,6 +203,8 @@ def _feed(listeners: list[Listener], records: list[StepRecord]) -> None:
         "grad_norm": np.array([_total(record.norms) for record in rows]),
         "update_ratio": np.array([_total(r.update_norms) / _total(r.weight_norms) for r in rows]),
     }
+    if np.isnan(columns["loss"]).all() and not any(r.batches and r.batches[0].loss is not None for r in rows):
+        del columns["loss"]  # not recorded, which is not the same as NaN
     for listener in listeners:
         listener.feed(columns)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,11 +54,11 @@ def take(model: nn.Module, optimizer: torch.optim.Optimizer, rng: dict[str, Any]
 
 
 def generators(full: bool) -> dict[str, Any]:
-    """States of the random generators right now; Python's and NumPy's (slow to read) only if `full`."""
+    """States of the random generators right now; all but torch's CPU generator (slow to read) only if `full`."""
     states: dict[str, Any] = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state_all()
     if full:
+        if torch.cuda.is_initialized():
+            states["cuda"] = torch.cuda.get_rng_state_all()
         states["python"] = python_rng()
         states["numpy"] = np.random.get_state()
     return states
@@ -130,6 +132,18 @@ def restore_generators(snapshot: Snapshot) -> None:
     states = [t for name, t in sorted(snapshot.tensors.items()) if name.startswith("rng/cuda/")]
     if states and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(states)
+
+
+@contextlib.contextmanager
+def generators_kept() -> Iterator[None]:
+    """Leave every random generator as it was."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 def set_modes(model: nn.Module, snapshot: Snapshot) -> None:

@@ -13,6 +13,7 @@ from nbdyn.settings import say
 from nbdyn.store import Store, layout, verify
 from nbdyn.store.backend import context, is_local, normalize, object_type, tiledb
 from nbdyn.store.lock import WriterLock, holder, is_held
+from nbdyn.store.metadata import write_metadata
 
 
 @dataclass
@@ -60,7 +61,7 @@ class Target:
 
     def write_metadata(self, ctx: Any, **entries: Any) -> None:
         """Update the group's metadata."""
-        layout.write_metadata(self.uri, ctx, **entries)
+        write_metadata(self.uri, ctx, **entries)
 
 
 def open_target(path: str | os.PathLike[str], mode: str, config: dict[str, Any]) -> Target:
@@ -110,7 +111,7 @@ def _reopen(uri: str, shown: str, config: dict[str, Any]) -> Target:
     verify.collect(store)
     end = store.steps_committed
     rows = store.read_steps(end - 1, end) if end else {}
-    layout.write_metadata(uri, context(uri), status="recording")
+    write_metadata(uri, context(uri), status="recording")
     return Target(
         uri,
         shown,

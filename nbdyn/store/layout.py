@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
 
 from nbdyn.schema import ARRAYS, SCHEMA_VERSION
 from nbdyn.store.backend import join, tiledb
+from nbdyn.store.metadata import write_metadata
 
 MAX_STEP = 2**31
 """Steps are uint32 dimensions; the domain ends here so that tile extents fit."""
@@ -27,7 +27,6 @@ def create(uri: str, config: dict[str, Any], ctx: Any) -> None:
         ctx: the writer's TileDB context.
     """
     t = tiledb()
-    t.Group.create(uri, ctx=ctx)
     extent, width = config["row_extent"], config["parameters"]
     schemas = {
         "weights": _weights(ctx, extent, width, config["row_dtype"], checked=config["weights"] == "snapshots"),
@@ -37,19 +36,13 @@ def create(uri: str, config: dict[str, Any], ctx: Any) -> None:
         "notes": _notes(ctx),
         "steps": _steps(ctx),
     }
+    t.Group.create(uri, ctx=ctx)
     for name in ARRAYS:
         t.Array.create(join(uri, name), schemas[name], ctx=ctx)
     with t.Group(uri, "w", ctx=ctx) as group:
         for name in ARRAYS:
             group.add(name, name=name, relative=True)
     write_metadata(uri, ctx, config=config, status="recording", schema=SCHEMA_VERSION)
-
-
-def write_metadata(uri: str, ctx: Any, **entries: Any) -> None:
-    """Write entries of the group's metadata; anything but text and numbers is stored as JSON."""
-    with tiledb().Group(uri, "w", ctx=ctx) as group:
-        for key, value in entries.items():
-            group.meta[key] = value if isinstance(value, (str, int)) else json.dumps(value)
 
 
 def row_extent(row_bytes: int, every_step: bool) -> int:
@@ -102,7 +95,10 @@ def _weights(ctx: Any, extent: int, width: int, dtype: str, checked: bool) -> An
 
 def _state(ctx: Any) -> Any:
     t = tiledb()
-    dims = [_dim(ctx, "step", MAX_STEP, 2**20), _dim(ctx, "part", MAX_STEP, MAX_STEP)]
+    dims = [
+        _dim(ctx, "step", MAX_STEP, 2**20, filters=_packed()),
+        _dim(ctx, "part", MAX_STEP, MAX_STEP, filters=_packed()),
+    ]
     data = _attr(ctx, "data", np.uint8, var=True, filters=t.FilterList([t.ChecksumMD5Filter()]))
     return _schema(ctx, dims, [data], sparse=True)
 
@@ -124,7 +120,10 @@ def _visits(ctx: Any) -> Any:
 
 
 def _notes(ctx: Any) -> Any:
-    dims = [_dim(ctx, "step", MAX_STEP, 2**20), _dim(ctx, "time", 2**62, 2**61, dtype=np.uint64)]
+    dims = [
+        _dim(ctx, "step", MAX_STEP, 2**20, filters=_packed()),
+        _dim(ctx, "time", 2**62, 2**61, dtype=np.uint64, filters=_packed()),
+    ]
     attrs = [_attr(ctx, name, np.uint8, var=True, filters=_packed()) for name in ("kind", "text")]
     return _schema(ctx, dims, attrs, sparse=True)
 

@@ -9,7 +9,8 @@ import time
 from typing import IO, Any
 
 from nbdyn.errors import RunBusy
-from nbdyn.store.backend import basename, context, is_local, join, reading, tiledb
+from nbdyn.store.backend import basename, is_local, join
+from nbdyn.store.metadata import read_group
 
 LOCK_NAME = "writer.lock"
 REMOTE_LEASE_SECONDS = 120
@@ -121,9 +122,7 @@ def holder(uri: str) -> str:
 
 
 def _remote_holder(uri: str) -> dict[str, Any]:
-    with reading(uri), tiledb().Group(uri, "r", ctx=context(uri)) as group:
-        text = group.meta["writer"] if "writer" in group.meta else "{}"  # noqa: SIM401 (metadata has no get)
-    return _entry(text)
+    return _entry(read_group(uri)[0].get("writer", "{}"))
 
 
 def _entry(text: str) -> dict[str, Any]:

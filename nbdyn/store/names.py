@@ -50,8 +50,8 @@ def select(text: str, tensors: Sequence[Mapping[str, Any]]) -> Selection:
     >>> select("fc.weight[1,:]", table).indices
     array([13, 14, 15])
     """
-    name, index = _split(text.strip())
-    matches = [t for t in tensors if t["name"] == name or t["layer"] == name]
+    name, index = _split(text.strip(), {t["name"] for t in tensors})
+    matches = [t for t in tensors if name and name in (t["name"], t["layer"])]
     if not matches:
         matches = list(tensors) if name == "all" else [t for t in tensors if fnmatch.fnmatchcase(t["name"], name)]
     if not matches:
@@ -71,12 +71,8 @@ def locate(indices: np.ndarray, tensors: Sequence[Mapping[str, Any]]) -> tuple[n
     Raises:
         Incompatible: if an index lies outside the model.
     """
+    check_indices(indices, tensors)
     firsts = np.array([t["first"] for t in tensors], dtype=np.int64)
-    total = sum(int(t["size"]) for t in tensors)
-    if len(indices) and (indices.min() < 0 or indices.max() >= total):
-        raise Incompatible(
-            f"global parameter indices go from 0 to {total - 1}; found {indices.min()}..{indices.max()}."
-        )
     owner = np.searchsorted(firsts, indices, side="right") - 1
     labels = np.empty(len(indices), dtype=object)
     for number in np.unique(owner):
@@ -89,15 +85,24 @@ def locate(indices: np.ndarray, tensors: Sequence[Mapping[str, Any]]) -> tuple[n
     return owner, labels.tolist()
 
 
-def _split(text: str) -> tuple[str, str | None]:
-    """A selector's name and the text between its brackets, if any."""
+def check_indices(indices: np.ndarray, tensors: Sequence[Mapping[str, Any]]) -> None:
+    """Raise Incompatible if a global parameter index lies outside the model."""
+    total = sum(int(t["size"]) for t in tensors)
+    if len(indices) and (indices.min() < 0 or indices.max() >= total):
+        raise Incompatible(
+            f"global parameter indices go from 0 to {total - 1}; found {indices.min()}..{indices.max()}."
+        )
+
+
+def _split(text: str, known: set[str]) -> tuple[str, str | None]:
+    """A selector's name and the text between its brackets, if any; a whole known name has no index."""
     if text.startswith("`"):
         quoted, _, rest = text[1:].partition("`")
-        if not rest.strip():
-            text = quoted
-        else:
-            return quoted, rest.strip()[1:-1] if rest.strip().startswith("[") and rest.strip().endswith("]") else rest
-    if text.endswith("]") and "[" in text:
+        rest = rest.strip()
+        if rest:
+            return quoted, rest[1:-1] if rest.startswith("[") and rest.endswith("]") else rest
+        text = quoted
+    if text not in known and text.endswith("]") and "[" in text:
         name, _, index = text[:-1].rpartition("[")
         return name.strip(), index
     return text, None

@@ -11,7 +11,8 @@ import numpy as np
 from nbdyn.errors import CorruptRun, Incompatible, NbdynError
 from nbdyn.schema import ARRAYS, SCHEMA_VERSION
 from nbdyn.store import lock
-from nbdyn.store.backend import basename, context, join, normalize, object_type, reading, tiledb
+from nbdyn.store.backend import basename, context, is_local, join, normalize, object_type, reading, tiledb
+from nbdyn.store.metadata import check_config, read_group
 from nbdyn.store.writer import now_ns, write_notes
 
 
@@ -32,7 +33,8 @@ class Store:
         self.name = basename(self.uri)
         kind = object_type(self.uri)
         if kind != "group":
-            found = "nothing is there" if kind is None else f"a TileDB {kind} is there"
+            there = "something else is there" if is_local(self.uri) and os.path.exists(self.uri) else "nothing is there"
+            found = there if kind is None else f"a TileDB {kind} is there"
             raise NbdynError(f"no run at {self.uri}: {found}. `nbdyn.runs(folder)` lists the runs of a folder.")
         self.steps_committed = 0
         self.timestamp = 0
@@ -46,13 +48,23 @@ class Store:
             extent = array.nonempty_domain()
             if extent is not None:
                 self.steps_committed = int(extent[0][1]) + 1
-                last = array[self.steps_committed - 1]
+                last = array.query(attrs=["segment"])[self.steps_committed - 1]
                 self.timestamp = int(last["segment"])
-        self.columns: list[str] = []
-        if self.timestamp:
-            with self.open("scalars") as array, reading(array.uri):
-                self.columns = json.loads(array.meta["columns"]) if "columns" in array.meta else []
+        self.columns = self._read_columns() if self.timestamp else []
         return self.steps_committed > before
+
+    def _read_columns(self) -> list[str]:
+        """Names of the columns of `scalars`, in order."""
+        with self.open("scalars") as array, reading(array.uri):
+            text = array.meta.get("columns", "[]")
+            width = array.domain.dim("column").size
+        try:
+            columns = json.loads(text)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise CorruptRun(f"the names of the columns of {array.uri} are damaged ({error}).") from error
+        if not isinstance(columns, list) or len(columns) > width or not all(isinstance(c, str) for c in columns):
+            raise CorruptRun(f"the names of the columns of {array.uri} are damaged; restore it from a copy.")
+        return columns
 
     @property
     def status(self) -> str:
@@ -79,7 +91,9 @@ class Store:
 
             return {name: np.empty(0, dtype) for name, dtype in STEP_ATTRIBUTES}
         with self.open("steps") as array, reading(array.uri):
-            return dict(array[start:stop])
+            # One attribute at a time: TileDB 2.30 corrupts memory when one of several it reads at once is truncated.
+            names = [array.attr(number).name for number in range(array.nattr)]
+            return {name: array.query(attrs=[name])[start:stop][name] for name in names}
 
     def read_scalars(self, start: int, stop: int) -> dict[str, np.ndarray]:
         """Column name -> values (stop - start,) float64."""
@@ -119,37 +133,32 @@ class Store:
         return Weights(self)
 
     def _read_metadata(self) -> tuple[dict[str, Any], str]:
-        with reading(self.uri), tiledb().Group(self.uri, "r", ctx=context(self.uri)) as group:
-            entries = {key: group.meta[key] for key in ("schema", "config", "status") if key in group.meta}
-            members = {member.name for member in group}
+        entries, members = read_group(self.uri)
         if "schema" not in entries:
             raise CorruptRun(
                 f"{self.uri} is a TileDB group but no run of nbdyn, or its creation was cut short; "
                 "delete it and record again."
             )
-        if int(entries["schema"]) > SCHEMA_VERSION:
+        schema = entries["schema"]
+        if isinstance(schema, int) and schema > SCHEMA_VERSION:
             raise Incompatible(
-                f"{self.name} was written by a newer nbdyn (schema {entries['schema']}; this one reads up to "
+                f"{self.name} was written by a newer nbdyn (schema {schema}; this one reads up to "
                 f"{SCHEMA_VERSION}); type `pip install --upgrade nbdyn`."
             )
         missing = [name for name in ARRAYS if name not in members]
         if missing:
             raise CorruptRun(f"{self.uri} lacks its array {', '.join(missing)}; restore it from a copy.")
-        return _check_config(self.uri, entries.get("config", "")), str(entries.get("status", ""))
+        config = check_config(self.uri, entries.get("config", ""))
+        self._check_width(config["parameters"])
+        return config, str(entries.get("status", ""))
 
-
-def _check_config(uri: str, text: str) -> dict[str, Any]:
-    """The configuration of a run, checked before anything is allocated by its numbers."""
-    try:
-        config = json.loads(text)
-        end = 0
-        for tensor in config["tensors"]:
-            size = int(np.prod([int(n) for n in tensor["shape"]], dtype=object))
-            if tensor["first"] != end or tensor["size"] != size or not isinstance(tensor["name"], str):
-                raise ValueError(f"tensor {tensor['name']!r}")
-            end += size
-        if config["parameters"] != end or config["weights"] not in ("snapshots", "every"):
-            raise ValueError("parameters")
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorruptRun(f"the metadata of {uri} is damaged ({error}); restore it from a copy.") from error
-    return config
+    def _check_width(self, parameters: int) -> None:
+        """The number of parameters, on which much is allocated, must be that of the array."""
+        uri = join(self.uri, "weights")
+        with reading(uri):
+            width = tiledb().ArraySchema.load(uri, ctx=context(self.uri)).domain.dim(1).size
+        if int(width) != parameters:
+            raise CorruptRun(
+                f"the metadata of {self.uri} speaks of {parameters:,} parameters, its array of {int(width):,}; "
+                "restore it from a copy."
+            )

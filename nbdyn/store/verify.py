@@ -10,8 +10,8 @@ from nbdyn.schema import ARRAYS, PART_SNAPSHOT
 from nbdyn.store import frames, lock, state
 from nbdyn.store.backend import basename, context, join, normalize, object_type, reading, tiledb
 from nbdyn.store.layout import MAX_STEP
+from nbdyn.store.metadata import read_group, remove_torn
 from nbdyn.store.store import Store
-
 
 BLOCK_BYTES = 64_000_000
 """Weights are read in blocks of about this size."""
@@ -64,6 +64,8 @@ def _check_visits(store: Store, start: int, stop: int) -> list[tuple[str, int, s
 
 def _check_scalars(store: Store, start: int, stop: int) -> list[tuple[str, int, str]]:
     store.read_scalars(start, stop)
+    if not store.columns:
+        return [("scalars", start, "the names of its columns are missing")]
     return _missing(store, "scalars", np.arange(start, stop))
 
 
@@ -130,6 +132,7 @@ def collect(store: Store) -> pd.DataFrame:
     """`gc` for a caller that holds the run's lock, or knows that nobody does."""
     removed: list[tuple[str, str, str]] = []
     try:
+        removed += [("metadata of the run", file, "torn") for file in remove_torn(store.uri)]
         for name in ARRAYS:
             uri = join(store.uri, name)
             removed += [(name, fragment, "not committed") for fragment in _remove_uncommitted(uri)]
@@ -193,8 +196,7 @@ def delete(uri: str) -> None:
     uri = normalize(uri)
     if object_type(uri) != "group":
         raise NbdynError(f"{uri} is no run; nbdyn deletes nothing else. Choose another path.")
-    with reading(uri), tiledb().Group(uri, "r", ctx=context(uri)) as group:
-        members = {member.name for member in group}
+    _, members = read_group(uri)
     if not members <= set(ARRAYS) or not members >= {"steps", "visits"}:
         raise NbdynError(f"{uri} is a TileDB group but no run; nbdyn deletes nothing else. Choose another path.")
     if lock.is_held(uri):
@@ -203,5 +205,5 @@ def delete(uri: str) -> None:
     known = {*ARRAYS, lock.LOCK_NAME}
     foreign = [name for name in map(basename, vfs.ls(uri)) if name not in known and not name.startswith("__")]
     if foreign:
-        raise NbdynError(f"{uri} holds {foreign[0]}, which nbdyn did not write; move it elsewhere, then replace the run.")
+        raise NbdynError(f"{uri} holds {foreign[0]}, which nbdyn did not write; move it elsewhere, then replace it.")
     vfs.remove_dir(uri)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from nbdyn.errors import NotRecorded
+from nbdyn.errors import Incompatible, NotRecorded
 from nbdyn.store.backend import reading
-from nbdyn.store.names import Selection, locate, select
+from nbdyn.store.names import Selection, check_indices, locate, select
 from nbdyn.store.provenance import with_provenance
 
 if TYPE_CHECKING:
@@ -54,9 +54,10 @@ class Weights:
             The steps (n,) and the values (n, k), float32 (float64 for float64 models).
 
         Raises:
+            Incompatible: if an index lies outside the model.
             CorruptRun: if the files are damaged.
         """
-        locate(indices[:0], self._store.config["tensors"])
+        check_indices(indices, self._store.config["tensors"])
         steps = self.steps
         steps = steps[(steps >= start) & (steps < (stop if stop is not None else np.inf))]
         values = np.empty((len(steps), len(indices)), dtype=self._store.config["row_dtype"])
@@ -98,30 +99,39 @@ class Weights:
         )
 
     def __getitem__(self, key: Any) -> np.ndarray:
-        """Values by selector and steps; see the class.
+        """Values by selector and steps; see the class. A slice takes the stored rows among its steps.
 
         Raises:
             NotRecorded: if a single step is asked for whose row is not stored.
             UnknownName: if the selector names no tensor.
+            Incompatible: if the key is no selector, or no selector and steps.
         """
         selection, steps = self._parse(key)
         if isinstance(steps, int):
             steps = steps + self._store.steps_committed + 1 if steps < 0 else steps
             self.require(steps)
             return self.read(selection.indices, steps, steps + 1)[1].reshape(selection.shape)
-        start, stop, stride = steps.indices(self._store.steps_committed + 1)
-        values = self.read(selection.indices, start, stop)[1][::stride]
+        values = self._rows(selection.indices, steps)[1]
         return values.reshape(len(values), *selection.shape)
+
+    def _rows(self, indices: np.ndarray, steps: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Steps and values of the stored rows among the steps of a slice, in its direction."""
+        wanted = range(*steps.indices(self._store.steps_committed + 1))
+        if not wanted:
+            return self.read(indices, 0, 0)
+        found, values = self.read(indices, min(wanted), max(wanted) + 1)
+        if abs(wanted.step) > 1:
+            kept = (found - wanted.start) % wanted.step == 0
+            found, values = found[kept], values[kept]
+        return (found, values) if wanted.step > 0 else (found[::-1], values[::-1])
 
     def frame(self, selector: str | int = "all", steps: slice = slice(None)) -> pd.DataFrame:
         """A tidy frame: step, parameter (global index), tensor, index (its label), value.
 
         Cost: n_steps x n_parameters rows; select before asking.
         """
-        selection, _ = self._parse(selector)
-        start, stop, stride = steps.indices(self._store.steps_committed + 1)
-        found, values = self.read(selection.indices, start, stop)
-        found, values = found[::stride], values[::stride]
+        selection, steps = self._parse((selector, steps))
+        found, values = self._rows(selection.indices, steps)
         owner, labels = locate(selection.indices, self._store.config["tensors"])
         names = np.array([t["name"] for t in self._store.config["tensors"]], dtype=object)[owner]
         n, k = values.shape
@@ -138,7 +148,7 @@ class Weights:
 
     def _parse(self, key: Any) -> tuple[Selection, Any]:
         """A key's selection and its steps."""
-        selector, steps = key if isinstance(key, tuple) else (key, slice(None))
+        selector, steps = key if isinstance(key, tuple) and len(key) == 2 else (key, slice(None))
         tensors = self._store.config["tensors"]
         if isinstance(selector, (int, np.integer)):
             indices = np.array([selector], dtype=np.int64)
@@ -146,6 +156,10 @@ class Weights:
             return Selection(labels[0], (tensors[owner[0]]["name"],), indices, ()), _step(steps)
         if selector is Ellipsis or (isinstance(selector, slice) and selector == slice(None)):
             selector = "all"
+        if not isinstance(selector, str):
+            raise Incompatible(
+                f'{selector!r} selects no weights; type weights["fc1.weight", 0:100] or weights[41_025].'
+            )
         return select(selector, tensors), _step(steps)
 
     def __repr__(self) -> str:
@@ -156,7 +170,14 @@ class Weights:
 
 
 def _step(steps: Any) -> Any:
-    return int(steps) if isinstance(steps, (int, np.integer)) else steps
+    """One step as an int, or a slice of whole numbers."""
+    if isinstance(steps, (int, np.integer)):
+        return int(steps)
+    try:
+        steps.indices(1)
+    except (AttributeError, TypeError, ValueError):
+        raise Incompatible(f"{steps!r} is neither a step nor a slice of steps, such as 0:100.") from None
+    return steps
 
 
 def _ranges(steps: np.ndarray) -> list[tuple[int, int, int]]:

@@ -127,7 +127,7 @@ def write_notes(uri: str, ctx: Any, notes: list[tuple[int, int, str, str]]) -> N
     with tiledb().open(join(uri, "notes"), "w", ctx=ctx) as array:
         array[np.array(steps, np.uint32), np.array(times, np.uint64)] = {
             "kind": _cells([kind.encode() for kind in kinds]),
-            "text": _cells([text.encode() for text in texts]),
+            "text": _cells([text.encode(errors="replace") for text in texts]),
         }
 
 
