@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from nbdyn.recorder.gradients import single_factor
+from nbdyn.recorder.losses import Evaluator
 from nbdyn.recorder.rows import Block, RowBlocks, Staged
 from nbdyn.recorder.snapshot import Snapshot, to_bytes
 from nbdyn.recorder.watch import Batch
@@ -62,13 +63,13 @@ class Assembler:
 
     Args:
         gradients: where gradient rows come from, to give them back.
-        loss_is_sum: whether `loss_fn` sums over samples (then losses of accumulated batches add up; else they
-            are averaged, weighted by batch size).
+        evaluator: evaluates `loss_fn` sample by sample. Where it sums over samples, losses of accumulated batches
+            add up; else they are averaged, weighted by batch size.
     """
 
-    def __init__(self, gradients: RowBlocks, loss_is_sum: bool) -> None:
+    def __init__(self, gradients: RowBlocks, evaluator: Evaluator) -> None:
         self._gradients = gradients
-        self._loss_is_sum = loss_is_sum
+        self._evaluator = evaluator
         self._last: dict[int, bytes] = {}
 
     def segment(self, records: list[StepRecord]) -> Segment:
@@ -81,11 +82,35 @@ class Assembler:
             self._add_state(segment, record)
         segment.weights = _consecutive_rows(records)
         rows = [record for record in records if record.step_row]
+        self._evaluate([batch for record in rows for batch in record.batches if batch.evaluated is not None])
         if rows:
             segment.visits, correct = _visits(rows)
             segment.steps = self._steps(rows, correct)
             segment.scalars = self._scalars(rows)
         return segment
+
+    def _evaluate(self, batches: list[Batch]) -> None:
+        """Evaluate the losses of batches sample by sample, batches of like shapes together."""
+        kinds: dict[Any, list[Batch]] = {}
+        for batch in batches:
+            outputs, targets = batch.evaluated  # type: ignore[misc]
+            rows = (outputs.shape[0] // max(batch.size, 1), targets.shape[0] // max(batch.size, 1))
+            kind = (outputs.shape[1:], targets.shape[1:], outputs.dtype, targets.dtype, rows)
+            kinds.setdefault(kind, []).append(batch)
+        for group in kinds.values():
+            outputs, targets = zip(*(batch.evaluated for batch in group), strict=True)  # type: ignore[misc]
+            sizes = [batch.size for batch in group]
+            found = self._evaluator(torch.cat(outputs), torch.cat(targets), sum(sizes))
+            for name in ("losses", "shares", "correct"):
+                values = getattr(found, name)
+                for batch, part in zip(group, [] if values is None else values.split(sizes), strict=values is not None):
+                    setattr(batch, name, part)
+
+    def _scale(self, batches: list[Batch]) -> float:
+        """Sum of per-sample losses / loss of the step; see `Evaluation`."""
+        if not batches or any(batch.losses is None for batch in batches):
+            return np.nan
+        return 1.0 if self._evaluator.is_sum else sum(float(batch.shares.sum()) for batch in batches)  # type: ignore
 
     def _steps(self, records: list[StepRecord], correct: np.ndarray) -> dict[str, np.ndarray]:
         batches = [batch for record in records for batch in record.batches]
@@ -99,9 +124,7 @@ class Assembler:
             "batch_size": visits,
             "loss": self._losses(records, [batch.loss for batch in batches], owner, sizes),
             "accuracy": correct,
-            "scale": np.array(
-                [float(sum(float(b.scale) for b in r.batches)) if r.batches else np.nan for r in records]
-            ),
+            "scale": np.array([self._scale(record.batches) for record in records]),
             "seconds": np.array([record.seconds for record in records]),
             "batches": np.array([len(record.batches) for record in records], np.int32),
             "skipped": np.array([record.skipped for record in records], np.uint8),
@@ -114,7 +137,7 @@ class Assembler:
         alone = np.bincount(owner, minlength=len(records)) == 1
         total[alone] = values[alone[owner]]
         if not alone.all() and len(values):
-            weights = np.ones_like(values) if self._loss_is_sum else sizes / np.bincount(owner, sizes)[owner]
+            weights = np.ones_like(values) if self._evaluator.is_sum else sizes / np.bincount(owner, sizes)[owner]
             total[~alone] = np.bincount(owner, values * weights, len(records))[~alone]
         for place, record in enumerate(records):
             if "loss" in record.logs and np.isnan(total[place]):
@@ -203,7 +226,7 @@ def _visits(records: list[StepRecord]) -> tuple[dict[str, np.ndarray], np.ndarra
         "step": np.repeat(np.array([record.step for record in records], np.uint32), counts),
         "position": (np.arange(total) - starts[owner]).astype(np.uint32),
         "sample": gather("ids", np.int64, -1),
-        "loss": gather("per_sample", np.float32, np.nan),
+        "loss": gather("losses", np.float32, np.nan),
         "correct": correct,
     }
     return columns, accuracy
@@ -231,7 +254,7 @@ def stage(record: StepRecord) -> None:
         (holder, name)
         for holder, names in (
             (record, ("norms", "weight_norms", "update_norms")),
-            *((batch, ("loss", "per_sample", "correct", "scale")) for batch in record.batches),
+            *((batch, ("loss", "losses", "shares", "correct")) for batch in record.batches),
         )
         for name in names
         if isinstance(getattr(holder, name), torch.Tensor)

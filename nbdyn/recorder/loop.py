@@ -10,13 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from nbdyn.recorder import snapshot
+from nbdyn.recorder import foreach, snapshot
 from nbdyn.recorder.assemble import StepRecord, stage
 from nbdyn.recorder.describe import as_json, buffers
 from nbdyn.recorder.gradients import GradientWatch
-from nbdyn.recorder.losses import LossProbe, correctness
+from nbdyn.recorder.losses import Evaluator, LossProbe
 from nbdyn.recorder.rows import RowBlocks
 from nbdyn.recorder.watch import Batch
+
+DEFERRED_BYTES = 262_144
+"""Outputs up to this size are copied for the writer to evaluate (a joined evaluation of 64 steps costs a fraction of
+64 single ones); larger ones are evaluated at once, as copies of them would fill the memory."""
 
 
 class Loop:
@@ -66,6 +70,7 @@ class Loop:
         self._last_groups = _group_options(optimizer)
         self._weight_versions: list[int] = []
         self._idle = self._before_forward()
+        self._evaluator = Evaluator(loss_fn)
         self.probe = None if loss_fn is None else LossProbe(loss_fn, self._on_loss)
         self._watching = GradientWatch(self._parameters, self._on_backward)
         self._handles = [
@@ -157,13 +162,21 @@ class Loop:
                 "calls", "loss_fn is called several times a batch; the last call before backward is recorded."
             )
         batch.loss = loss.detach()
-        found = self.probe.per_sample(outputs, targets, batch.size) if batch.size else None
-        batch.per_sample, batch.scale = found if found is not None else (None, float("nan"))
-        if found is None:
-            self._say_once(
-                "unreduced", "per-sample losses are not recorded: loss_fn has no form with reduction='none'."
-            )
-        batch.correct = correctness(outputs, targets, batch.size)
+        self._evaluate(batch, outputs, targets)
+
+    def _evaluate(self, batch: Batch, outputs: Any, targets: Any) -> None:
+        """Per-sample losses: small outputs on the host are left to the writer, many steps at once."""
+        if not isinstance(outputs, torch.Tensor) or not isinstance(targets, torch.Tensor):
+            self._say_once("unreduced", "per-sample losses are not recorded: loss_fn is not given two tensors.")
+            return
+        if self._evaluator.unreduced is None:
+            self._say_once("unreduced", "per-sample losses are not recorded: loss_fn has no reduction='none'.")
+        if outputs.is_cpu and outputs.nbytes <= DEFERRED_BYTES:
+            # Copies: a loop may change its tensors, or a loader fill the same ones again.
+            batch.evaluated = outputs.detach().clone(), targets.detach().clone()
+            return
+        found = self._evaluator(outputs.detach(), targets, batch.size)
+        batch.losses, batch.shares, batch.correct = found.losses, found.shares, found.correct
 
     def _on_backward(self, fresh: bool) -> None:
         """The current batch has its backward pass; `fresh`: the gradients had been cleared before it."""
@@ -201,7 +214,8 @@ class Loop:
             return
         record.seconds = time.perf_counter() - self._zero
         if self._before_update is not None:
-            record.update_norms = _norms(torch._foreach_sub(self._parameters, self._before_update))
+            now = [p.detach() for p in self._parameters]
+            record.update_norms = _norms(foreach.sub(now, self._before_update))
             self._before_update = None
         if self._accumulating:
             record.batches = self._accumulating[-1]
@@ -213,7 +227,9 @@ class Loop:
         self.step += 1
         self._accumulating = []
         self._weight_versions = [p._version for p in self._parameters]
-        rng = self._before_forward()
+        # A step again on the same batch needs no generator state of its own: nothing is fetched in between.
+        needed = not record.batches or self.step % self._every == 0 or (self._all_weights and self._buffers)
+        rng = self._before_forward() if needed else {}
         if record.batches:  # a loop may step again on the same batch
             last = record.batches[-1]
             self._batch = Batch(last.ids, last.size, last.source, last.epoch, last.target, rng, again=True)
@@ -229,7 +245,7 @@ class Loop:
 
     def _copy_state(self, record: StepRecord, rng: dict[str, Any], due: bool) -> None:
         """Weights now; generators and buffers as they were before the forward pass."""
-        record.rng = rng["torch"]
+        record.rng = rng.get("torch")
         if due or self._all_weights:
             record.row = self._rows.copy([p.detach() for p in self._parameters])
             record.buffers = self._buffer_copies
@@ -285,12 +301,12 @@ def _group_options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 def _norms(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor:
     """Euclidean norm of each tensor, (n,); 0 where there is none."""
-    present = [t.coalesce().values() if t.is_sparse else t for t in tensors if t is not None]
+    present = [t for t in tensors if t is not None]
+    if any(t.is_sparse for t in present):
+        present = [t.coalesce().values() if t.is_sparse else t for t in present]
     if not present:
         return torch.zeros(len(tensors))
-    norms = torch.stack(
-        [n.float() if n.dtype in (torch.float16, torch.bfloat16) else n for n in torch._foreach_norm(present)]
-    )
+    norms = torch.stack(foreach.norm(present))
     if len(present) == len(tensors):
         return norms
     full = norms.new_zeros(len(tensors))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,10 +18,6 @@ class LossProbe:
     A `torch.nn` loss module is hooked: what the loop passes to it is what is recorded. A plain function cannot
     be hooked; it is evaluated once more on the model's output and the last element of the batch.
 
-    Definition: loss_s is the mean (for reduction "sum": the sum) of the sample's elements of the unreduced loss,
-    so that the batch's loss is sum_s loss_s / scale, with scale = B for "mean", the sum of the class weights met
-    for weighted cross-entropy, the share of targets not ignored times B for ignore_index, and 1 for "sum".
-
     Args:
         loss_fn: the module or function.
         seen: called as seen(loss, outputs, targets) at every evaluation that has a gradient.
@@ -29,10 +26,7 @@ class LossProbe:
     def __init__(self, loss_fn: Any, seen: Callable[[torch.Tensor, Any, Any], None]) -> None:
         self.loss_fn = loss_fn
         self._seen = seen
-        self._handle = None
-        self.unreduced = unreduced_form(loss_fn)
-        if isinstance(loss_fn, nn.Module):
-            self._handle = loss_fn.register_forward_hook(self._hook)
+        self._handle = loss_fn.register_forward_hook(self._hook) if isinstance(loss_fn, nn.Module) else None
 
     @property
     def is_hooked(self) -> bool:
@@ -49,31 +43,57 @@ class LossProbe:
             self._handle.remove()
             self._handle = None
 
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What is known of each sample of one or more batches, each (samples,) or None where it cannot be known.
+
+    Definition: losses[s] is the mean (for reduction "sum": the sum) of the sample's elements of the unreduced loss,
+    and the loss of a batch is sum_s losses[s] / scale. For reduction "mean" the scale is sum_s shares[s]: 1 for an
+    ordinary sample, its class weight in weighted cross-entropy, the part of its targets that ignore_index leaves;
+    for "sum" it is 1.
+    """
+
+    losses: torch.Tensor | None
+    shares: torch.Tensor | None
+    correct: torch.Tensor | None
+
+
+class Evaluator:
+    """Evaluates a loss function sample by sample.
+
+    Args:
+        loss_fn: the module or function, None for none.
+    """
+
+    def __init__(self, loss_fn: Any) -> None:
+        self._loss_fn = loss_fn
+        self.is_sum = reduction_of(loss_fn) == "sum"
+        self.unreduced = None if loss_fn is None else unreduced_form(loss_fn)
+
     @torch.no_grad()
-    def per_sample(self, outputs: torch.Tensor, targets: Any, size: int) -> tuple[torch.Tensor, Any] | None:
-        """Losses (size,) and the scale; None where the loss has no unreduced form or no sample axis."""
-        if self.unreduced is None:
-            return None
-        elements = self.unreduced(outputs.detach(), targets)
-        if not isinstance(elements, torch.Tensor) or elements.numel() % size or elements.ndim == 0:
-            return None
-        is_sum = reduction_of(self.loss_fn) == "sum"
+    def __call__(self, outputs: Any, targets: Any, size: int) -> Evaluation:
+        """Evaluate `size` samples, of one batch or of several joined along the first dimension."""
+        correct = correctness(outputs, targets, size)
+        if self.unreduced is None or not size:
+            return Evaluation(None, None, correct)
+        elements = self.unreduced(outputs, targets)
+        if not isinstance(elements, torch.Tensor) or elements.ndim == 0 or elements.numel() % size:
+            return Evaluation(None, None, correct)
         if elements.ndim > 1 or len(elements) != size:
             table = elements.reshape(size, -1)
-            elements = table.sum(1) if is_sum else table.mean(1)
-        return elements, 1.0 if is_sum else self._scale(targets, size)
+            elements = table.sum(1) if self.is_sum else table.mean(1)
+        return Evaluation(elements, None if self.is_sum else self._shares(targets, size), correct)
 
-    def _scale(self, targets: Any, size: int) -> Any:
-        """See the class; a tensor where it depends on the targets (the writer takes its value)."""
-        weight = getattr(self.loss_fn, "weight", None)
-        ignored = getattr(self.loss_fn, "ignore_index", None)
-        if ignored is None or torch.is_floating_point(targets):
-            return float(size)
-        # nn losses have ignore_index = -100 also where it was never asked for; then this is size, exactly.
-        kept = targets != ignored
+    def _shares(self, targets: Any, size: int) -> torch.Tensor:
+        ignored = getattr(self._loss_fn, "ignore_index", None)
+        if ignored is None or targets.is_floating_point():
+            return torch.ones(size, dtype=torch.float64, device=targets.device)
+        kept = (targets != ignored).double()
+        weight = getattr(self._loss_fn, "weight", None)
         if weight is not None:
             kept = kept * weight.double()[targets.clamp(min=0)]
-        return kept.sum() if targets.numel() == size else kept.sum() * (size / targets.numel())
+        return kept.reshape(size, -1).mean(1)
 
 
 def reduction_of(loss_fn: Any) -> str:
@@ -99,7 +119,6 @@ def unreduced_form(loss_fn: Any) -> Callable[[Any, Any], torch.Tensor] | None:
     return (lambda outputs, targets: loss_fn(outputs, targets, reduction="none")) if named else None
 
 
-@torch.no_grad()
 def correctness(outputs: Any, targets: Any, size: int) -> torch.Tensor | None:
     """Whether each sample is classified right, (size,) bool; None unless outputs are (B, C), targets (B,) classes."""
     if not isinstance(outputs, torch.Tensor) or not isinstance(targets, torch.Tensor) or len(targets) != size:

@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,9 @@ NICENESS = 19
 class Pipeline:
     """A queue of records and one thread that drains it.
 
+    Nothing here holds a lock across Python code of the training thread: an interrupt (Ctrl-C) may strike anywhere
+    in it, and a condition variable that it leaves locked would hang both threads.
+
     Args:
         work: called on the writer's thread as work(records, final, hurry); returns the bytes that it released.
             `hurry`: training waits until memory is released.
@@ -32,12 +36,12 @@ class Pipeline:
         self._work = work
         self._memory = memory
         self._setup = setup
-        self._records: list[Any] = []
-        self._waiting = 0
+        self._records: deque[Any] = deque()
+        self._given = 0  # bytes, counted by the training thread alone
+        self._released = 0  # bytes, counted by the writer alone
         self._closing = False
-        self._urgent = False
         self._hurry = False
-        self._changed = threading.Condition()
+        self._wake, self._room = _Signal(), _Signal()
         self.error: BaseException | None = None
         self.seconds_waited = 0.0
         self._thread = threading.Thread(target=self._run, name="nbdyn-writer", daemon=True)
@@ -49,24 +53,22 @@ class Pipeline:
         Raises:
             RecordingStopped: if the writer failed.
         """
-        with self._changed:
-            try:
-                if self._waiting + nbytes > self._memory:
-                    self._wait_for_room(nbytes)
-            finally:  # also when an interrupt ends the wait: a step that was taken must not be missing
-                self._waiting += nbytes
-                self._records.append(record)
-            if urgent:
-                self._urgent = True
-                self._changed.notify_all()
+        try:
+            if self._given - self._released + nbytes > self._memory:
+                self._wait_for_room(nbytes)
+        finally:  # also when an interrupt ends the wait: a step that was taken must not be missing
+            self._records.append(record)
+            self._given += nbytes
+        if urgent:
+            self._wake.set()
         self.check()
 
     def _wait_for_room(self, nbytes: int) -> None:
         started = time.perf_counter()
-        while self._waiting and self._waiting + nbytes > self._memory and self.error is None:
-            self._urgent = self._hurry = True
-            self._changed.notify_all()
-            self._changed.wait()
+        while 0 < self._given - self._released > self._memory - nbytes and self.error is None:
+            self._hurry = True
+            self._wake.set()
+            self._room.wait(WAKE_SECONDS)
         self.seconds_waited += time.perf_counter() - started
 
     def check(self) -> None:
@@ -81,31 +83,41 @@ class Pipeline:
 
     def close(self) -> None:
         """Write everything that waits, then end the thread."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
+        self._closing = True
+        self._wake.set()
         self._thread.join()
 
     def _run(self) -> None:
         try:
             _step_back()
             self._setup()
-            while True:
-                with self._changed:
-                    self._changed.wait_for(lambda: self._closing or self._urgent, timeout=WAKE_SECONDS)
-                    hurry, self._urgent, self._hurry = self._hurry, False, False
-                    records, self._records = self._records, []
-                    final = self._closing
-                released = self._work(records, final, hurry)
-                with self._changed:
-                    self._waiting -= released
-                    self._changed.notify_all()
-                    if final and not self._records:
-                        return
+            final = False
+            while not final:
+                self._wake.wait(WAKE_SECONDS)
+                final = self._closing  # looked at before the queue: nothing is put after it is set
+                hurry, self._hurry = self._hurry, False
+                records = [self._records.popleft() for _ in range(len(self._records))]
+                self._released += self._work(records, final, hurry)
+                self._room.set()
         except BaseException as error:  # reported to the training thread by the next put, check or close
-            with self._changed:
-                self.error = error
-                self._changed.notify_all()
+            self.error = error
+            self._room.set()
+
+
+class _Signal:
+    """One thread tells another that there is something to do: `threading.Event` without a lock of its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def set(self) -> None:
+        """Let the next wait, or the one that is going on, return."""
+        with contextlib.suppress(RuntimeError):  # it was set already
+            self._lock.release()
+
+    def wait(self, seconds: float) -> None:
+        """Return when set, or when the time is over; unset then."""
+        self._lock.acquire(timeout=seconds)
 
 
 def _step_back() -> None:

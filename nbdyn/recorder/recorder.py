@@ -14,7 +14,7 @@ from nbdyn.recorder import session
 from nbdyn.recorder.assemble import StepRecord
 from nbdyn.recorder.describe import describe, named_parameters, row_dtype
 from nbdyn.recorder.loop import Loop
-from nbdyn.recorder.losses import reduction_of
+from nbdyn.recorder.losses import Evaluator
 from nbdyn.recorder.rows import RowBlocks
 from nbdyn.recorder.sink import Listener, Sink
 from nbdyn.recorder.target import Target, open_target
@@ -70,9 +70,7 @@ class Recorder:
         gradients = RowBlocks(shapes, dtype, 1, pinned)
         if self._target.start:
             session.restore(self._target.store(), model, optimizer, loss_fn, data)
-        self._sink = Sink(
-            self._target, self._rows, gradients, reduction_of(loss_fn) == "sum", memory, parse_size(budget)
-        )
+        self._sink = Sink(self._target, self._rows, gradients, Evaluator(loss_fn), memory, parse_size(budget))
         self._loop = Loop(
             model,
             optimizer,

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -16,7 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from nbdyn.errors import Incompatible, NotRecorded
-from nbdyn.recorder import snapshot
+from nbdyn.recorder import foreach, snapshot
 from nbdyn.recorder.describe import buffers, named_parameters
 from nbdyn.schema import GRAD_FACTOR, LR, PART_GRADIENT, PART_GROUPS, PART_RNG, PART_SNAPSHOT
 from nbdyn.store import Store, frames, state
@@ -186,7 +186,7 @@ class _Plan:
         """The gradient as the optimizer saw it."""
         factor = self._scalars.get(GRAD_FACTOR, np.full(len(self.skipped), np.nan))[step - self.start]
         if not np.isnan(factor):
-            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], float(factor))
+            foreach.multiply_([p.grad for p in parameters if p.grad is not None], float(factor))
         elif step in self._gradients:
             flat = torch.from_numpy(np.frombuffer(self._gradients[step], self._store.config["row_dtype"]).copy())
             for p, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
@@ -209,9 +209,13 @@ def as_fetch(data: Any) -> Callable[[np.ndarray], tuple[torch.Tensor, torch.Tens
     if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
         from torch.utils.data import default_collate
 
-        return lambda ids: tuple(default_collate([data[int(i)] for i in ids]))
+        def fetch(ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+            inputs, targets = default_collate([data[int(i)] for i in ids])
+            return inputs, targets
+
+        return fetch
     if callable(data):
-        return data
+        return cast("Callable[[np.ndarray], tuple[torch.Tensor, torch.Tensor]]", data)
     raise Incompatible(
         f"data is a {type(data).__name__}; give the data set that was trained on, a pair (inputs, targets), "
         "or a function ids -> (inputs, targets)."

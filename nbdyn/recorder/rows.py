@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
+
+from nbdyn.recorder import foreach
 
 
 @dataclass(slots=True)
@@ -57,7 +58,7 @@ class RowBlocks:
         if block.used == self.per_block:
             self._current = None  # a full block belongs to the writer, who gives it back once it is written
         with torch.no_grad():
-            torch._foreach_copy_(block.views[row], tensors, non_blocking=True)
+            foreach.copy_(block.views[row], tensors)
         return block, row
 
     def give_back(self, block: Block) -> None:

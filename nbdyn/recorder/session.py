@@ -95,8 +95,9 @@ def _at_exit() -> None:
 def restore(store: Store, model: nn.Module, optimizer: torch.optim.Optimizer, loss_fn: Any, data: Any) -> None:
     """Bring model, optimizer and generators to the run's last committed step, so that training goes on from there.
 
-    A model that already holds weights[T] and whose optimizer has a state (a cell run again) is left alone. After a clean close the state at T is
-    stored; after a kill it is rebuilt by replay from the last snapshot, which needs `data` and `loss_fn`.
+    A model that already holds weights[T] and whose optimizer has a state (a cell run again) is left alone. After a
+    clean close the state at T is stored; after a kill it is rebuilt by replay from the last snapshot, which needs
+    `data` and `loss_fn`.
     """
     end = store.steps_committed
     stored = store.weights.steps

@@ -11,13 +11,14 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from nbdyn.errors import RecordingStopped
+from nbdyn.errors import NbdynError, RecordingStopped
 from nbdyn.recorder.assemble import Assembler, StepRecord
+from nbdyn.recorder.losses import Evaluator
 from nbdyn.recorder.pipeline import Pipeline
 from nbdyn.recorder.rows import RowBlocks
 from nbdyn.recorder.target import Target, finish_metadata
-from nbdyn.settings import format_size
-from nbdyn.store import frames
+from nbdyn.settings import format_size, say
+from nbdyn.store import frames, verify
 from nbdyn.store.backend import context, is_local, tiledb
 from nbdyn.store.writer import SegmentWriter, now_ns
 
@@ -47,17 +48,19 @@ class Sink:
     """Takes step records, commits them in segments on the writer's thread, feeds live views."""
 
     def __init__(
-        self, target: Target, rows: RowBlocks, gradients: RowBlocks, loss_is_sum: bool, memory: int, budget: int
+        self, target: Target, rows: RowBlocks, gradients: RowBlocks, evaluator: Evaluator, memory: int, budget: int
     ) -> None:
         self._target, self._rows, self._budget = target, rows, budget
-        self._assembler = Assembler(gradients, loss_is_sum)
+        self._assembler = Assembler(gradients, evaluator)
         self._open: list[StepRecord] = []
         self._began = self._since = time.perf_counter()
         self._listeners: list[Listener] = []
+        self._status: str | None = None
         self._working = threading.Lock()
         self._noting = threading.Lock()
         self._notes: list[tuple[int, int, str, str]] = []
-        self.flushed = target.start
+        self.flushed = self._next = target.start
+        self._gap = False
         self._visits = 0
         self._writer: SegmentWriter | None = None
         self._pipeline = Pipeline(self._work, memory, self._setup)
@@ -84,17 +87,18 @@ class Sink:
     def note(self, step: int, text: str) -> None:
         """A line for the logbook, written with the next segment."""
         with self._noting:
-            self._notes.append((step, now_ns(), "note", text))
+            self._notes.append((step, now_ns(), "note", str(text)))
 
     def listen(self, listener: Listener) -> None:
-        """Feed a live view: first all steps so far, then each new one."""
-        with self._lock:
-            if self._target.start:
-                table = frames.steps(self._target.store(), 0, self._target.start)
+        """Feed a live view: first all steps so far, then each new one; its end too, if that is past."""
+        with self._working:
+            if self.flushed:
+                table = frames.steps(self._target.store(), 0, self.flushed)
                 listener.feed({name: table[name].to_numpy() for name in LIVE_COLUMNS})
-            for columns in self._history:
-                listener.feed(columns)
             self._listeners.append(listener)
+            self._feed(self._open, [listener])
+        if self._status is not None:
+            listener.finish(self._status)
 
     def finish(self, status: str) -> None:
         """Write everything, mark the run, release the lock."""
@@ -105,16 +109,21 @@ class Sink:
             finish_metadata(self._target, self._ctx, status, end)
         except tiledb().TileDBError as error:
             raise RecordingStopped(f"the run is written but could not be marked {status}: {error}") from error
-        self._target.lock.release()
-        self._finish_listeners(status)
+        self._end(status)
 
     def abandon(self) -> None:
-        """The writer failed: mark the run if that is possible, release the lock."""
+        """The writer failed: remove the unfinished segment, mark the run if that is possible, release the lock."""
         self._pipeline.close()
-        with contextlib.suppress(tiledb().TileDBError):  # the disk may be full; the run then shows as "killed"
+        with contextlib.suppress(NbdynError, tiledb().TileDBError):  # the run then shows as "killed"
+            verify.collect(self._target.store())  # on a full disk, this makes the room for the mark
             finish_metadata(self._target, context(self._target.uri, writing=True), "stopped", None)
+        self._end("stopped")
+
+    def _end(self, status: str) -> None:
         self._target.lock.release()
-        self._finish_listeners("stopped")
+        self._status = status
+        for listener in self._listeners:
+            listener.finish(status)
 
     def summary(self, status: str) -> str:
         """One line on what was recorded and what it cost."""
@@ -130,23 +139,48 @@ class Sink:
 
     # On the writer's thread -----------------------------------------------------------------------------------
 
-    def _work(self, records: list[StepRecord], final: bool) -> int:
+    def _work(self, records: list[StepRecord], final: bool, hurry: bool) -> int:
         """Take new records; commit if it is time. Returns the bytes released."""
         with self._working:
             if not self._open:
                 self._since = time.perf_counter()
+            records, released = self._in_order(records)
             self._open += records
-            _feed(self._listeners, records)
-            released = 0
-            while count := self._due(final):
+            self._feed(records, self._listeners)
+            while count := self._due(final or self._gap, hurry):
                 batch, self._open = self._open[:count], self._open[count:]
                 released += self._commit(batch)
+        if self._gap:
+            raise RecordingStopped(f"step {self._next} did not reach the writer; every step before it is on disk.")
         return released
 
-    def _due(self, final: bool) -> int:
-        """How many of the waiting records to commit now; 0 for none yet."""
+    def _in_order(self, records: list[StepRecord]) -> tuple[list[StepRecord], int]:
+        """The records, each step once, and the bytes of those left out: an interrupt may hand a step over twice."""
+        kept = []
+        for record in records:
+            if record.step > self._next:
+                self._gap = True  # what an interrupt tore out; rows after it would stand at the wrong steps
+            if record.step == self._next and not self._gap:
+                self._next += record.step_row
+                kept.append(record)
+        return kept, sum(record.nbytes for record in records) - sum(record.nbytes for record in kept)
+
+    def _feed(self, records: list[StepRecord], listeners: list[Listener]) -> None:
+        """Show new steps to live views. One that fails is left out from then on: recording goes on."""
+        columns = _live_columns(records) if listeners else None
+        if columns is None:
+            return
+        for listener in list(listeners):
+            try:
+                listener.feed(columns)
+            except Exception as error:
+                self._listeners.remove(listener)
+                say(f"a live view failed and is no longer fed: {type(error).__name__}: {error}")
+
+    def _due(self, final: bool, hurry: bool) -> int:
+        """How many of the waiting records to commit now; 0 for none yet. `hurry`: training waits for memory."""
         count = len(self._open)
-        if not count or final:
+        if not count or final or hurry:
             return count
         age = time.perf_counter() - self._since
         patience = (time.perf_counter() - self._began) * SEGMENT_SHARE
@@ -163,7 +197,7 @@ class Sink:
         segment = self._assembler.segment(records)
         with self._noting:
             segment.notes, self._notes = self._notes, []
-        if self._writer.bytes_written + segment.nbytes() > self._budget:
+        if self._target.size + self._writer.bytes_written + segment.nbytes() > self._budget:
             raise RecordingStopped(
                 f"recording has stopped at its budget of {format_size(self._budget)} after step {self.flushed - 1}; "
                 'record with a larger budget="...", a larger every=, or weights="snapshots".'
@@ -183,16 +217,12 @@ class Sink:
                 self._rows.give_back(record.row[0])
         self._assembler.release_gradients(records)
 
-    def _finish_listeners(self, status: str) -> None:
-        for listener in self._listeners:
-            listener.finish(status)
 
-
-def _feed(listeners: list[Listener], records: list[StepRecord]) -> None:
-    """Show new steps to live views."""
+def _live_columns(records: list[StepRecord]) -> dict[str, np.ndarray] | None:
+    """The columns that live views show, of the steps among some records; None if there are none."""
     rows = [record for record in records if record.step_row]
-    if not listeners or not rows:
-        return
+    if not rows:
+        return None
     for record in rows:
         if record.numbers is not None:
             record.numbers.wait()
@@ -205,8 +235,7 @@ def _feed(listeners: list[Listener], records: list[StepRecord]) -> None:
     }
     if np.isnan(columns["loss"]).all() and not any(r.batches and r.batches[0].loss is not None for r in rows):
         del columns["loss"]  # not recorded, which is not the same as NaN
-    for listener in listeners:
-        listener.feed(columns)
+    return columns
 
 
 def _mean_loss(record: StepRecord) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ from nbdyn.recorder import session
 from nbdyn.settings import say
 from nbdyn.store import Store, layout, verify
 from nbdyn.store.backend import context, is_local, normalize, object_type, tiledb
-from nbdyn.store.lock import WriterLock, holder, is_held
+from nbdyn.store.lock import WriterLock, holder, is_held, release
 from nbdyn.store.metadata import write_metadata
 
 
@@ -27,6 +28,7 @@ class Target:
         epochs: passes recorded so far.
         seconds: wall time of the last recorded step.
         segment, columns: where the writer goes on.
+        size: bytes that the run had when it was opened.
     """
 
     uri: str
@@ -38,6 +40,7 @@ class Target:
     seconds: float = 0.0
     segment: int = 0
     columns: list[str] = field(default_factory=list)
+    size: int = 0
     _sources: list[Any] = field(default_factory=list)
 
     def store(self) -> Store:
@@ -70,76 +73,121 @@ def open_target(path: str | os.PathLike[str], mode: str, config: dict[str, Any])
     Raises:
         RunBusy: if a live writer of another process holds it.
         NbdynError: if the place cannot be written, or holds something else.
-        Incompatible: if a run to resume has other parameters.
+        Incompatible: if a run to resume has other parameters or another optimizer.
     """
     uri, shown = normalize(path), os.fspath(path)
     if uri in session.recording():
         session.close_superseded(uri)
-    exists = object_type(uri) is not None or (is_local(uri) and os.path.exists(uri) and bool(os.listdir(uri)))
-    if exists and object_type(uri) == "group" and is_held(uri):
+    exists = _exists(uri)
+    if exists and (is_local(uri) or object_type(uri) == "group") and is_held(uri):
         raise RunBusy(
             f"{shown} is being recorded by {holder(uri)}; wait for it, stop it, or record under another name."
         )
-    if mode == "resume" and exists:
-        return _reopen(uri, shown, config)
-    if mode == "resume":
-        say(f"nothing to resume at {shown}; a new run begins.")
-    if exists and mode == "replace":
-        verify.delete(uri)
-    elif exists:
-        uri, shown = _free_name(uri, shown)
-    return _create(uri, shown, config)
-
-
-def _create(uri: str, shown: str, config: dict[str, Any]) -> Target:
-    ctx = context(uri)
     try:
-        if is_local(uri):
-            os.makedirs(os.path.dirname(uri), exist_ok=True)
-        layout.create(uri, config, ctx)
-        lock = WriterLock(uri)
+        if mode == "resume" and exists:
+            return _reopen(uri, shown, config)
+        if mode == "resume":
+            say(f"nothing to resume at {shown}; a new run begins.")
+        if exists and mode == "replace":
+            verify.delete(uri)
+        elif exists:
+            uri, shown = _free_name(uri, shown)
+        return _create(uri, shown, config)
     except (OSError, tiledb().TileDBError) as error:
         reason = str(error).splitlines()[0]
         raise NbdynError(f"cannot record to {shown}: {reason}. Give a path in a folder that you can write.") from error
+
+
+def _exists(uri: str) -> bool:
+    """Whether anything is at the URI; an empty folder is nothing."""
+    if not is_local(uri):
+        return object_type(uri) is not None
+    if not os.path.isdir(uri):
+        return os.path.lexists(uri)
+    try:
+        return bool(os.listdir(uri))
+    except PermissionError:
+        return True
+
+
+def _create(uri: str, shown: str, config: dict[str, Any]) -> Target:
+    """A new run. On a local disk the lock comes first: of two processes that want the name, one gets it."""
+    ctx = context(uri)
+    if not is_local(uri):
+        layout.create(uri, config, ctx)
+        target = Target(uri, shown, config, WriterLock(uri))
+        target.write_metadata(ctx, writer=target.lock.lease())
+        return target
+    os.makedirs(uri, exist_ok=True)
+    try:
+        lock = WriterLock(uri)
+        layout.create(uri, config, ctx)
+    except RunBusy:
+        raise
+    except BaseException:  # also an interrupt: what was created so far is no run
+        release(uri)
+        shutil.rmtree(uri)
+        raise
     return Target(uri, shown, config, lock)
 
 
 def _reopen(uri: str, shown: str, config: dict[str, Any]) -> Target:
     store = Store(uri)
-    _check_same_parameters(store, config)
+    _check_same_training(store, config)
     lock = WriterLock(uri)
-    verify.collect(store)
-    end = store.steps_committed
-    rows = store.read_steps(end - 1, end) if end else {}
-    write_metadata(uri, context(uri), status="recording")
-    return Target(
-        uri,
-        shown,
-        store.config,
-        lock,
-        start=end,
-        epochs=int(rows["epoch"][0]) + 1 if rows else 0,
-        seconds=float(rows["seconds"][0]) if rows else 0.0,
-        segment=store.timestamp,
-        columns=list(store.columns),
-    )
+    try:
+        store.refresh()  # another writer may have gone on until just now
+        verify.collect(store)
+        end = store.steps_committed
+        rows = store.read_steps(end - 1, end) if end else {}
+        lease = {} if is_local(uri) else {"writer": lock.lease()}
+        write_metadata(uri, context(uri), status="recording", **lease)
+        _say_differences(store, config)
+        return Target(
+            uri,
+            shown,
+            store.config,
+            lock,
+            start=end,
+            epochs=int(rows["epoch"][0]) + 1 if rows else 0,
+            seconds=float(rows["seconds"][0]) if rows else 0.0,
+            segment=store.timestamp,
+            columns=list(store.columns),
+            size=int(tiledb().VFS(ctx=context(uri)).dir_size(uri)),
+        )
+    except BaseException:
+        lock.release()
+        raise
 
 
-def _check_same_parameters(store: Store, config: dict[str, Any]) -> None:
+def _check_same_training(store: Store, config: dict[str, Any]) -> None:
+    """The same parameters in the same order, and the same kind of optimizer."""
     here = {t["name"]: t["shape"] for t in config["tensors"]}
     there = {t["name"]: t["shape"] for t in store.config["tensors"]}
-    if here == there and config["row_dtype"] == store.config["row_dtype"]:
-        return
-    differing = [name for name in {**there, **here} if here.get(name) != there.get(name)]
-    raise Incompatible(
-        f"cannot resume {store.name}: this model differs from its own in {', '.join(differing[:5]) or 'dtype'}; "
-        'use the same model, or mode="new".'
-    )
+    if list(here.items()) != list(there.items()) or config["row_dtype"] != store.config["row_dtype"]:
+        differing = [name for name in {**there, **here} if here.get(name) != there.get(name)]
+        what = ", ".join(differing[:5]) or ("the order of its tensors" if here == there != {} else "dtype")
+        raise Incompatible(
+            f'cannot resume {store.name}: this model differs from its own in {what}; use the same model, or mode="new".'
+        )
+    ours, theirs = config["optimizer"]["name"], store.config["optimizer"]["name"]
+    if ours != theirs:
+        raise Incompatible(
+            f"cannot resume {store.name}, which {theirs} trained, with {ours}: the state of one is nothing to the "
+            'other; use the same optimizer, or mode="new".'
+        )
+
+
+def _say_differences(store: Store, config: dict[str, Any]) -> None:
+    """A resumed run keeps the settings it was begun with."""
+    kept = [f"{key}={store.config[key]!r}" for key in ("weights", "every") if config[key] != store.config[key]]
+    if kept:
+        say(f"{store.name} was begun with {' and '.join(kept)}, and goes on so.")
 
 
 def _free_name(uri: str, shown: str) -> tuple[str, str]:
     number = 2
-    while object_type(f"{uri}-{number}") is not None or (is_local(uri) and os.path.exists(f"{uri}-{number}")):
+    while _exists(f"{uri}-{number}"):
         number += 1
     say(f"{shown} exists; recording to {shown}-{number} instead.")
     return f"{uri}-{number}", f"{shown}-{number}"
@@ -156,4 +204,5 @@ def finish_metadata(target: Target, ctx: Any, status: str, end: int | None) -> N
     """Write what close knows: the status, the data sets met, and the seam where a row after the last step lies."""
     if end is not None and end not in target.config["seams"]:
         target.config["seams"] = [*target.config["seams"], end]
-    target.write_metadata(ctx, config=json.dumps(target.config), status=status)
+    lease = {} if is_local(target.uri) else {"writer": "{}"}  # given back, so that the run can be resumed at once
+    target.write_metadata(ctx, config=json.dumps(target.config), status=status, **lease)

@@ -31,7 +31,9 @@ class Batch:
         target: the last element of the batch, for loss functions that cannot be hooked.
         rng: states of the random generators before the forward pass.
         again: whether it is a batch that had its step already (loops may step on it again).
-        loss, per_sample, correct, scale: filled in when `loss_fn` is seen at work on it.
+        loss: the value of `loss_fn`, once it was seen at work on the batch.
+        evaluated: (outputs, targets) that it was given, copies; the writer evaluates them sample by sample.
+        losses, shares, correct: see `Evaluation`; filled in by the writer, or at once for large outputs.
         logs: what the user logged for it.
     """
 
@@ -43,9 +45,10 @@ class Batch:
     rng: dict[str, Any] = field(default_factory=dict)
     again: bool = False
     loss: torch.Tensor | None = None
-    per_sample: torch.Tensor | None = None
+    evaluated: tuple[torch.Tensor, torch.Tensor] | None = None
+    losses: torch.Tensor | None = None
+    shares: torch.Tensor | None = None
     correct: torch.Tensor | None = None
-    scale: Any = float("nan")
     logs: dict[str, Any] = field(default_factory=dict)
 
 

@@ -144,9 +144,9 @@ def samples(store: Store) -> pd.DataFrame:
     """
     table = visits(store)
     table["source"] = store.read_steps(0, store.steps_committed)["source"][table["step"].to_numpy()]
-    table = table[table["sample"] >= 0]
+    table = table.loc[table["sample"] >= 0]
     keys = ["source", "sample"]
-    table = table.sort_values([*keys, "step", "position"], kind="stable")
+    table = table.sort_values(by=[*keys, "step", "position"])
     correct = table["correct"].to_numpy()
     same = np.zeros(len(table), dtype=bool)
     if len(table):
@@ -164,9 +164,8 @@ def samples(store: Store) -> pd.DataFrame:
         forgotten=("lost", "sum"),
     )
     frame = frame.reset_index()
-    if frame["source"].nunique() <= 1:
-        frame = frame[list(SAMPLE_COLUMNS)]
-    return with_provenance(frame, store, "samples")
+    columns = ["source", *SAMPLE_COLUMNS] if len(np.unique(table["source"])) > 1 else list(SAMPLE_COLUMNS)
+    return with_provenance(frame.loc[:, columns], store, "samples")
 
 
 def notes(store: Store) -> pd.DataFrame:

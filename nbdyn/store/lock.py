@@ -42,15 +42,15 @@ class WriterLock:
         self._file = None
         if is_local(uri):
             # Kept open for the life of the lock: closing any handle on the file would free a POSIX lock.
-            self._file = open(join(uri, LOCK_NAME), "a+")  # noqa: SIM115
+            # Unbuffered: on a full disk, closing must not fail a second time.
+            self._file = open(join(uri, LOCK_NAME), "a+b", buffering=0)  # noqa: SIM115
             if not _lock(self._file):
                 self._file.close()
                 raise _busy(uri)
         _held[_key(uri)] = self  # from here on `is_held` leaves the file alone
         if self._file is not None:
             self._file.truncate(0)
-            self._file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
-            self._file.flush()
+            self._file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
 
     def lease(self) -> str:
         """The entry that renews a remote writer's claim."""
@@ -62,6 +62,13 @@ class WriterLock:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def release(uri: str) -> None:
+    """Give back what this process holds of a run, if anything."""
+    held = _held.get(_key(uri))
+    if held is not None:
+        held.release()
 
 
 def _busy(uri: str) -> RunBusy:
@@ -76,7 +83,7 @@ def _key(uri: str) -> str:
     return os.path.realpath(uri) if is_local(uri) else uri
 
 
-def _lock(file: IO[str]) -> bool:
+def _lock(file: IO[bytes]) -> bool:
     """Take the lock; False if a writer has it. Others look for it by a shared lock, for an instant: hence the tries."""
     import fcntl
 

@@ -11,6 +11,7 @@ from scipy.stats import binomtest
 
 from nbdyn.errors import QueryError, UnknownName
 from nbdyn.query import execute, explain
+from nbdyn.store import backend
 
 LOSS_B = np.array([4.0, 3.0, 2.5, 2.0, 1.5, 1.0])
 
@@ -94,11 +95,9 @@ def test_explain_names_each_run(runs: dict[str, MemoryStore]):
 
 
 def test_an_unknown_run_names_its_neighbour(tmp_path: Path):
-    import tiledb
-
     store = MemoryStore()
     store.uri = str(tmp_path / "tiny")
-    tiledb.group_create(str(tmp_path / "tiny-2"))
+    backend.tiledb().group_create(str(tmp_path / "tiny-2"))
     (tmp_path / "data").mkdir()
     with pytest.raises(UnknownName) as caught:
         execute("compare tiny, tiny-3 by loss", store)

@@ -266,5 +266,118 @@ def test_killed_inside_a_commit(
     assert (removed > 0) == orphans
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 8 MB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("there is no mount command, so no small disk")
+    if done.returncode:
+        pytest.skip(f"a small disk cannot be mounted here (it takes root): {done.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def wide_network() -> tuple[nn.Module, torch.optim.Optimizer, nn.Module]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(FEATURES, 600), nn.ReLU(), nn.Linear(600, CLASSES))
+    return model, torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), nn.CrossEntropyLoss()
+
+
+def writers() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name == "nbdyn-writer"]
+
+
+@pytest.mark.parametrize("weights", ["every", "snapshots"])
+def test_disk_full(weights: str, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import nbdyn
+    from nbdyn.errors import RecordingStopped
+    from nbdyn.store import lock, verify
+
+    monkeypatch.setattr(nbdyn.options, "memory", "500 KB")  # small segments
+    inputs, targets = dataset()
+    model, optimizer, loss_fn = wide_network()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(inputs, targets), batch_size=BATCH)
+    path, rows, taken = small_disk / "run", [], []
+    rec = nbdyn.record(path, model, optimizer, loss_fn, weights=weights, every=2)
+
+    def train(epochs: int) -> None:
+        """The loop of the user, the same before and after."""
+        for _ in range(epochs):
+            for x, y in rec.watch(loader):
+                rows.append(flat(model))
+                loss = loss_fn(model(x), y)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                rec.log(twice=2 * loss.detach())
+                taken.append(1)
+
+    with pytest.raises(RecordingStopped, match="No space left on device") as error:
+        train(2000)
+    assert "acknowledged" in str(error.value) and "unrecorded" in str(error.value)
+    assert rec.state == "stopped" and writers() == [] and not lock.is_held(str(path))
+    acknowledged, count = rec.flushed, len(taken)
+    assert 0 < acknowledged <= count
+
+    train(1)  # goes on unrecorded
+    assert len(taken) == count + len(loader)
+    rec.close()
+    assert rec.flushed == acknowledged
+
+    run = nbdyn.open(path)
+    assert run.status == "stopped" and len(run) == acknowledged
+    np.testing.assert_array_equal(run.weights["all"], np.stack(rows)[run.weights.steps])
+    assert len(run.visits) == acknowledged * BATCH
+    assert len(verify.verify(str(path))) == 0
+    assert leftovers(path, run.store.timestamp) == []
+    assert list(nbdyn.runs(small_disk)["status"]) == ["stopped"]
+
+
+def test_disk_full_of_other_things(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a byte is left, so that the run cannot even be marked: it is readable, and its lock is free."""
+    import nbdyn
+    from nbdyn.errors import RecordingStopped
+    from nbdyn.store import lock
+
+    monkeypatch.setattr(nbdyn.options, "memory", "200 KB")  # small segments
+    inputs, targets = dataset()
+    model, optimizer, loss_fn = network(0)
+    path = small_disk / "run"
+    rec = nbdyn.record(path, model, optimizer, loss_fn)
+
+    def fill() -> None:
+        with open(small_disk / "other", "ab", buffering=0) as file:
+            for size in (2**16, 1):
+                try:
+                    while True:
+                        file.write(bytes(size))
+                except OSError:
+                    continue
+
+    with pytest.raises(RecordingStopped):
+        for step in range(100_000):
+            if rec.flushed > 10:
+                fill()
+            ids = ids_of(step)
+            rec.batch(ids)
+            loss = loss_fn(model(inputs[ids]), targets[ids])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert not lock.is_held(str(path)) and writers() == []
+    run = nbdyn.open(path)
+    assert run.status in ("killed", "stopped")
+    assert len(run) == rec.flushed > 10
+    assert len(run.visits) == rec.flushed * BATCH
+    with pytest.raises(nbdyn.errors.NbdynError, match="cannot record to .*No space left"):
+        nbdyn.record(small_disk / "another", model, optimizer, loss_fn)
+    assert sorted(entry.name for entry in small_disk.iterdir()) == ["other", "run"]
+
+
 if __name__ == "__main__":
     child(*sys.argv[1:])

@@ -40,7 +40,13 @@ def _noise(model: nn.Module) -> None:
 
 
 def _train(
-    tmp_path: Path, model: nn.Module, optimizer: Any, change: Any = None, epochs: int = 5, clear: bool = True, **options: Any
+    tmp_path: Path,
+    model: nn.Module,
+    optimizer: Any,
+    change: Any = None,
+    epochs: int = 5,
+    clear: bool = True,
+    **options: Any,
 ) -> tuple[nbdyn.Run, list[torch.Tensor]]:
     loss_fn = nn.CrossEntropyLoss()
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=5 * epochs + 1)
@@ -87,7 +93,7 @@ def test_clipping_by_norm_is_kept_as_one_number_a_step(tmp_path: Path) -> None:
     factors = run.store.read_scalars(0, len(run))["grad_factor"]
     with run.store.open("state") as array:
         gradients = array.multi_index[:, 2]["step"]
-    # The first changed gradient comes before raw copies are kept; the others are a factor below 1, or were short enough.
+    # The first changed gradient comes before raw copies are kept; the others are a factor below 1, or were short.
     assert gradients.tolist() == [0]
     assert np.isnan(factors[0]) and (~np.isnan(factors)).sum() > 5
     assert (factors[~np.isnan(factors)] < 1).all()
@@ -140,7 +146,7 @@ def test_an_optimizer_that_torch_does_not_have(tmp_path: Path) -> None:
 
     model = problems.mlp(12, 16, 4)
     run, _ = _train(tmp_path, model, Mine(model.parameters(), 0.1, momentum=0.9))
-    with pytest.raises(Incompatible, match="the run used Mine, which torch.optim does not have"):
+    with pytest.raises(Incompatible, match=r"the run used Mine, which torch\.optim does not have"):
         run.replay(0, 7, model, nn.CrossEntropyLoss(), problems.data())
     assert run.replay(0, 7, model, nn.CrossEntropyLoss(), problems.data(), optimizer=Mine).exact
 
