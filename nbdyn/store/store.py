@@ -140,7 +140,7 @@ class Store:
                 "delete it and record again."
             )
         schema = entries["schema"]
-        if isinstance(schema, int) and schema > SCHEMA_VERSION:
+        if isinstance(schema, (int, np.integer)) and schema > SCHEMA_VERSION:
             raise Incompatible(
                 f"{self.name} was written by a newer nbdyn (schema {schema}; this one reads up to "
                 f"{SCHEMA_VERSION}); type `pip install --upgrade nbdyn`."
