@@ -50,6 +50,7 @@ class Recorder:
         view: Callable[[Recorder], Any] | None = None,
     ) -> None:
         _check_choices(weights, every, mode)
+        limit, memory = parse_size(budget), parse_size(options.memory)
         self._view = view
         self._said: set[str] = set()
         named = named_parameters(model)
@@ -65,12 +66,11 @@ class Recorder:
         self._every, self._all_weights = config["every"], config["weights"] == "every"
         extent = config["row_extent"]
         per_block = max(extent, min(64, BLOCK_BYTES // row_bytes // extent * extent)) if self._all_weights else 1
-        memory = parse_size(options.memory)
         self._rows = RowBlocks(shapes, dtype, per_block, pinned)
         gradients = RowBlocks(shapes, dtype, 1, pinned)
         if self._target.start:
             session.restore(self._target.store(), model, optimizer, loss_fn, data)
-        self._sink = Sink(self._target, self._rows, gradients, Evaluator(loss_fn), memory, parse_size(budget))
+        self._sink = Sink(self._target, self._rows, gradients, Evaluator(loss_fn), memory, limit)
         self._loop = Loop(
             model,
             optimizer,
@@ -93,7 +93,7 @@ class Recorder:
         what = "every step" if self._all_weights else f"every {self._every} steps"
         say(
             f"recording to {self._target.shown}: {self._rows.width:,} parameters, weights {what} "
-            f"({format_size(row_bytes)} a row); stops at {format_size(parse_size(budget))}."
+            f"({format_size(row_bytes)} a row); stops at {format_size(limit)}."
         )
 
     # The loop's side ------------------------------------------------------------------------------------------

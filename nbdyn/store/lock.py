@@ -20,16 +20,25 @@ LOCK_TRIES = 20
 """Ten milliseconds apart."""
 
 _held: dict[str, WriterLock] = {}
-# A forked child holds nothing: POSIX locks stay with the parent.
+
+
+def _let_go() -> None:
+    """In a forked child: close its copies of the files, or the locks would outlive the parent."""
+    for held in _held.values():
+        held.close_file()
+    _held.clear()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_held.clear)
+    os.register_at_fork(after_in_child=_let_go)
 
 
 class WriterLock:
     """The right to write a run, held until `release` or the end of the process.
 
-    Locally a POSIX record lock on `writer.lock` (the kernel frees it when the process dies, however it dies, and
-    forked children do not inherit it); on an object store a lease in the group's metadata that every commit renews.
+    Locally an flock on `writer.lock`: the kernel frees it when the process dies, however it dies. (Not a POSIX record
+    lock: those are lost when the process closes any handle on the file, and TileDB opens every file of a group that
+    it looks at.) On an object store a lease in the group's metadata that every commit renews.
 
     Raises:
         RunBusy: if a live writer holds the run.
@@ -41,8 +50,7 @@ class WriterLock:
         self.uri = uri
         self._file = None
         if is_local(uri):
-            # Kept open for the life of the lock: closing any handle on the file would free a POSIX lock.
-            # Unbuffered: on a full disk, closing must not fail a second time.
+            # Kept open for the life of the lock. Unbuffered: on a full disk, closing must not fail a second time.
             self._file = open(join(uri, LOCK_NAME), "a+b", buffering=0)  # noqa: SIM115
             if not _lock(self._file):
                 self._file.close()
@@ -59,6 +67,10 @@ class WriterLock:
     def release(self) -> None:
         """Give the run back; harmless twice."""
         _held.pop(_key(self.uri), None)
+        self.close_file()
+
+    def close_file(self) -> None:
+        """Close this process's handle; the lock is free once no process has one."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -89,7 +101,7 @@ def _lock(file: IO[bytes]) -> bool:
 
     for _ in range(LOCK_TRIES):
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         except BlockingIOError:
             time.sleep(0.01)
@@ -108,7 +120,7 @@ def is_held(uri: str) -> bool:
     try:
         # A shared lock: two readers that look at the same time must not take each other for a writer.
         with open(join(uri, LOCK_NAME)) as file:
-            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except (FileNotFoundError, NotADirectoryError, PermissionError):
