@@ -104,6 +104,9 @@ def test_the_lock_dies_with_the_process_not_with_its_workers(tmp_path: Path) -> 
     assert nbdyn.open(tmp_path / "fc").status == "recording"
     child.kill()
     child.wait()
+    for pipe in (child.stdin, child.stdout):  # the worker lives on, with the other ends
+        assert pipe is not None
+        pipe.close()
     assert nbdyn.open(tmp_path / "fc").status == "killed"
 
 
