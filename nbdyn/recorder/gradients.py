@@ -73,7 +73,7 @@ def single_factor(raw: np.ndarray, seen: np.ndarray) -> float | None:
     c is sought among the few floats around the quotient of the largest element; rounding leaves no others.
 
     >>> raw = np.array([3.0, -0.1, 7.7], np.float32)
-    >>> single_factor(raw, raw * np.float32(0.3)) == np.float32(0.3)
+    >>> bool(single_factor(raw, raw * np.float32(0.3)) == np.float32(0.3))
     True
     """
     if np.array_equal(raw, seen):

@@ -62,7 +62,8 @@ class Loop:
         self._emit, self._say_once = emit, say_once
         self._batch: Batch | None = None
         self._accumulating: list[list[Batch]] = []
-        self._record: StepRecord | None = None
+        self._prepared: StepRecord | None = None  # a step that has begun
+        self._record: StepRecord | None = None  # a step that was taken
         self._evaluations = 0
         self._before_update: list[torch.Tensor] | None = None
         self._loose_logs: dict[str, Any] = {}
@@ -105,14 +106,16 @@ class Loop:
 
     def seal(self) -> None:
         """Hand the last step's record over; nothing can be logged for it any more."""
-        record, self._record = self._record, None
+        record = self._record
         if record is None:
             return
         for batch in record.batches:
             record.logs.update(batch.logs)
         if not record.batches:
             record.logs, self._loose_logs = self._loose_logs, {}
+        # Cleared last: an interrupt in between hands the record over twice, and the writer takes it once.
         self._emit(self._ready(record))
+        self._record = None
 
     def finish(self) -> tuple[StepRecord, bool]:
         """The record of the state after the last step, and whether someone changed the weights since that step."""
@@ -191,7 +194,7 @@ class Loop:
         """weights[t] and the gradient as the optimizer sees it."""
         self.seal()
         self._emit_skipped()
-        record = self._record = StepRecord(self.step, [])
+        record = self._prepared = StepRecord(self.step, [])
         record.lrs = self._learning_rates()
         due = self.step % self._every == 0
         batch = self._accumulating[-1][0] if self._accumulating else self._batch
@@ -209,7 +212,7 @@ class Loop:
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """The step is taken: its batches are known."""
-        record = self._record
+        record = self._prepared
         if record is None:
             return
         record.seconds = time.perf_counter() - self._zero
@@ -224,8 +227,8 @@ class Loop:
         else:
             self._say_once("ids", "no batch is known: wrap the loader in rec.watch(...), or call rec.batch(ids=...).")
         self._note_options(record)
-        self.step += 1
-        self._accumulating = []
+        # At one stroke: an interrupt leaves either no step, or a whole one.
+        self.step, self._record, self._prepared, self._accumulating = self.step + 1, record, None, []
         self._weight_versions = [p._version for p in self._parameters]
         # A step again on the same batch needs no generator state of its own: nothing is fetched in between.
         needed = not record.batches or self.step % self._every == 0 or (self._all_weights and self._buffers)
@@ -268,8 +271,7 @@ class Loop:
             with torch.no_grad():
                 self._copy_state(record, batches[0].rng, self.step % self._every == 0)
             record.seconds = time.perf_counter() - self._zero
-            self.step += 1
-            self._record = record
+            self.step, self._record = self.step + 1, record
             self.seal()
         self._accumulating = self._accumulating[-1:]
 

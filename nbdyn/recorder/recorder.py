@@ -18,7 +18,7 @@ from nbdyn.recorder.losses import Evaluator
 from nbdyn.recorder.rows import RowBlocks
 from nbdyn.recorder.sink import Listener, Sink
 from nbdyn.recorder.target import Target, open_target
-from nbdyn.recorder.watch import Watch, listening_copy
+from nbdyn.recorder.watch import Watch, given_ids, listening_copy
 from nbdyn.schema import STEP_COLUMNS
 from nbdyn.settings import format_size, options, parse_size, say
 from nbdyn.store.layout import row_extent
@@ -68,22 +68,29 @@ class Recorder:
         per_block = max(extent, min(64, BLOCK_BYTES // row_bytes // extent * extent)) if self._all_weights else 1
         self._rows = RowBlocks(shapes, dtype, per_block, pinned)
         gradients = RowBlocks(shapes, dtype, 1, pinned)
-        if self._target.start:
-            session.restore(self._target.store(), model, optimizer, loss_fn, data)
-        self._sink = Sink(self._target, self._rows, gradients, Evaluator(loss_fn), memory, limit)
-        self._loop = Loop(
-            model,
-            optimizer,
-            loss_fn,
-            self._rows,
-            gradients,
-            every=self._every,
-            all_weights=self._all_weights,
-            step=self._target.start,
-            seconds=self._target.seconds,
-            emit=self._emit,
-            say_once=self.say_once,
-        )
+        sink = None
+        try:
+            if self._target.start:
+                session.restore(self._target.store(), model, optimizer, loss_fn, data)
+            sink = self._sink = Sink(self._target, self._rows, gradients, Evaluator(loss_fn), memory, limit)
+            self._loop = Loop(
+                model,
+                optimizer,
+                loss_fn,
+                self._rows,
+                gradients,
+                every=self._every,
+                all_weights=self._all_weights,
+                step=self._target.start,
+                seconds=self._target.seconds,
+                emit=self._emit,
+                say_once=self.say_once,
+            )
+        except BaseException:  # also an interrupt: nobody may hold the run then
+            if sink is not None:
+                sink.abandon()
+            self._target.give_back()
+            raise
         self._pass, self._pass_start = self._target.epochs - 1, -1
         self._copies: dict[int, tuple[Any, Any]] = {}
         self.state = "recording"
@@ -111,7 +118,10 @@ class Recorder:
             RecordingStopped: in the loop, when the writer could not go on.
             Incompatible: if batches cannot be matched with samples.
         """
-        return loader if self.state != "recording" else Watch(self, loader)
+        if self.state != "recording":
+            say(f"this pass is not recorded: the recorder of {self._target.shown} is {self.state}.")
+            return loader
+        return Watch(self, loader)
 
     def batch(self, ids: Any = None, *, epoch: int | None = None) -> None:
         """Say which samples the next forward pass is about, in a loop without a DataLoader.
@@ -125,7 +135,7 @@ class Recorder:
         if epoch is not None:
             self._pass = epoch
         self._pass = max(self._pass, 0)
-        ids = ids.tolist() if isinstance(ids, torch.Tensor) else ids
+        ids = given_ids(ids)
         self.begin_batch(ids, len(ids), self.source_of(None), None)
 
     def log(self, **scalars: Any) -> None:
@@ -141,7 +151,7 @@ class Recorder:
         for name, value in scalars.items():
             if name in STEP_COLUMNS and not (name == "loss" and self._loop.probe is None):
                 raise NbdynError(f'"{name}" is recorded already; log it under another name, such as "my_{name}".')
-            kept[name] = value.detach().clone() if isinstance(value, torch.Tensor) else float(value)
+            kept[name] = _number(name, value)
         self._loop.log(kept)
 
     def note(self, text: str) -> None:
@@ -269,3 +279,13 @@ def _check_choices(weights: str, every: int, mode: str) -> None:
             raise NbdynError(f"{name}={value!r}: {did_you_mean(str(value), known)} It is one of {', '.join(known)}.")
     if not isinstance(every, int) or every < 1:
         raise NbdynError(f"every={every!r}: snapshots are taken every so many steps; give a whole number from 1.")
+
+
+def _number(name: str, value: Any) -> Any:
+    """A number to log, or a tensor with one element that the writer will read."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return value.detach().clone()
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise NbdynError(f"rec.log({name}={value!r}): log numbers, or tensors with one element.") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -10,10 +11,11 @@ from typing import Any
 
 from nbdyn.errors import Incompatible, NbdynError, RunBusy
 from nbdyn.recorder import session
+from nbdyn.schema import ARRAYS
 from nbdyn.settings import say
 from nbdyn.store import Store, layout, verify
 from nbdyn.store.backend import context, is_local, normalize, object_type, tiledb
-from nbdyn.store.lock import WriterLock, holder, is_held, release
+from nbdyn.store.lock import LOCK_NAME, WriterLock, holder, is_held
 from nbdyn.store.metadata import write_metadata
 
 
@@ -29,6 +31,7 @@ class Target:
         seconds: wall time of the last recorded step.
         segment, columns: where the writer goes on.
         size: bytes that the run had when it was opened.
+        status: what it was marked before.
     """
 
     uri: str
@@ -41,6 +44,7 @@ class Target:
     segment: int = 0
     columns: list[str] = field(default_factory=list)
     size: int = 0
+    status: str = "interrupted"
     _sources: list[Any] = field(default_factory=list)
 
     def store(self) -> Store:
@@ -65,6 +69,13 @@ class Target:
     def write_metadata(self, ctx: Any, **entries: Any) -> None:
         """Update the group's metadata."""
         write_metadata(self.uri, ctx, **entries)
+
+    def give_back(self) -> None:
+        """Nothing will be recorded after all: mark the run as it was, release the lock."""
+        try:
+            self.write_metadata(context(self.uri), status=self.status)
+        finally:
+            self.lock.release()
 
 
 def open_target(path: str | os.PathLike[str], mode: str, config: dict[str, Any]) -> Target:
@@ -119,21 +130,39 @@ def _create(uri: str, shown: str, config: dict[str, Any]) -> Target:
         target.write_metadata(ctx, writer=target.lock.lease())
         return target
     os.makedirs(uri, exist_ok=True)
+    lock = None
     try:
         lock = WriterLock(uri)
+        if object_type(uri) is not None:
+            raise RunBusy(f"another process has recorded to {shown} just now; record again, or under another name.")
         layout.create(uri, config, ctx)
     except RunBusy:
+        if lock is not None:
+            lock.release()
         raise
     except BaseException:  # also an interrupt: what was created so far is no run
-        release(uri)
-        shutil.rmtree(uri)
+        if lock is not None:
+            lock.release()
+        _remove_beginnings(uri)
         raise
     return Target(uri, shown, config, lock)
+
+
+def _remove_beginnings(uri: str) -> None:
+    """Remove what `_create` may have made, and the folder if nothing else is in it."""
+    for name in (*ARRAYS, "__meta", "__group"):
+        shutil.rmtree(os.path.join(uri, name), ignore_errors=True)
+    with contextlib.suppress(OSError):
+        for name in ("__tiledb_group.tdb", LOCK_NAME):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(uri, name))
+        os.rmdir(uri)
 
 
 def _reopen(uri: str, shown: str, config: dict[str, Any]) -> Target:
     store = Store(uri)
     _check_same_training(store, config)
+    before = store.status
     lock = WriterLock(uri)
     try:
         store.refresh()  # another writer may have gone on until just now
@@ -153,6 +182,7 @@ def _reopen(uri: str, shown: str, config: dict[str, Any]) -> Target:
             seconds=float(rows["seconds"][0]) if rows else 0.0,
             segment=store.timestamp,
             columns=list(store.columns),
+            status=before,
             size=int(tiledb().VFS(ctx=context(uri)).dir_size(uri)),
         )
     except BaseException:
@@ -166,7 +196,7 @@ def _check_same_training(store: Store, config: dict[str, Any]) -> None:
     there = {t["name"]: t["shape"] for t in store.config["tensors"]}
     if list(here.items()) != list(there.items()) or config["row_dtype"] != store.config["row_dtype"]:
         differing = [name for name in {**there, **here} if here.get(name) != there.get(name)]
-        what = ", ".join(differing[:5]) or ("the order of its tensors" if here == there != {} else "dtype")
+        what = ", ".join(differing[:5]) or ("dtype" if list(here) == list(there) else "the order of its tensors")
         raise Incompatible(
             f'cannot resume {store.name}: this model differs from its own in {what}; use the same model, or mode="new".'
         )

@@ -65,7 +65,8 @@ class _Listener:
 
         def listen() -> Iterator[Any]:
             for keys in self.sampler:
-                pending.append(keys)
+                # A copy: a sampler may fill one list again and again.
+                pending.append(keys.copy() if isinstance(keys, (list, np.ndarray)) else keys)
                 yield keys
 
         return listen()
@@ -172,6 +173,18 @@ def unwrap_subsets(dataset: Dataset[Any]) -> tuple[Any, Any]:
         return ids
 
     return dataset, unwrap
+
+
+def given_ids(ids: Any) -> np.ndarray:
+    """Sample ids as the user gave them, copied into an int64 array (n,).
+
+    Raises:
+        Incompatible: if they are no sequence of integers.
+    """
+    values = np.array(ids.tolist() if isinstance(ids, torch.Tensor) else ids)
+    if values.ndim != 1 or (values.size and values.dtype.kind not in "iu"):
+        raise Incompatible(f"ids={ids!r}: give a sequence of integers, one for each sample of the batch.")
+    return values.astype(np.int64)
 
 
 def batch_size(batch: Any) -> int:

@@ -56,9 +56,13 @@ class WriterLock:
                 self._file.close()
                 raise _busy(uri)
         _held[_key(uri)] = self  # from here on `is_held` leaves the file alone
-        if self._file is not None:
-            self._file.truncate(0)
-            self._file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+        try:
+            if self._file is not None:
+                self._file.truncate(0)
+                self._file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+        except OSError:  # a full disk
+            self.release()
+            raise
 
     def lease(self) -> str:
         """The entry that renews a remote writer's claim."""
@@ -74,13 +78,6 @@ class WriterLock:
         if self._file is not None:
             self._file.close()
             self._file = None
-
-
-def release(uri: str) -> None:
-    """Give back what this process holds of a run, if anything."""
-    held = _held.get(_key(uri))
-    if held is not None:
-        held.release()
 
 
 def _busy(uri: str) -> RunBusy:

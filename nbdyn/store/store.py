@@ -140,7 +140,9 @@ class Store:
                 "delete it and record again."
             )
         schema = entries["schema"]
-        if isinstance(schema, (int, np.integer)) and schema > SCHEMA_VERSION:
+        if not isinstance(schema, (int, np.integer)):
+            raise CorruptRun(f"the metadata of {self.uri} is damaged (schema {schema!r}); restore it from a copy.")
+        if schema > SCHEMA_VERSION:
             raise Incompatible(
                 f"{self.name} was written by a newer nbdyn (schema {schema}; this one reads up to "
                 f"{SCHEMA_VERSION}); type `pip install --upgrade nbdyn`."

@@ -253,9 +253,7 @@ def test_killed_at_any_moment(number: int, tmp_path: Path, reference: Reference)
     ("method", "weights", "orphans"),
     [("_write_steps", "every", True), ("_write_visits", "snapshots", True), ("finish_metadata", "snapshots", False)],
 )
-def test_killed_inside_a_commit(
-    method: str, weights: str, orphans: bool, tmp_path: Path, reference: Reference
-) -> None:
+def test_killed_inside_a_commit(method: str, weights: str, orphans: bool, tmp_path: Path, reference: Reference) -> None:
     """All arrays of a segment are written but `steps`; two are not; all is written, but the run not marked."""
     path = tmp_path / "run"
     with start_child(path, weights, method) as process:
@@ -374,7 +372,7 @@ def test_disk_full_of_other_things(small_disk: Path, monkeypatch: pytest.MonkeyP
     assert run.status in ("killed", "stopped")
     assert len(run) == rec.flushed > 10
     assert len(run.visits) == rec.flushed * BATCH
-    with pytest.raises(nbdyn.errors.NbdynError, match="cannot record to .*No space left"):
+    with pytest.raises(nbdyn.errors.NbdynError, match=r"cannot record to .*No space left"):
         nbdyn.record(small_disk / "another", model, optimizer, loss_fn)
     assert sorted(entry.name for entry in small_disk.iterdir()) == ["other", "run"]
 
