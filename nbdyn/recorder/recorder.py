@@ -68,6 +68,30 @@ class Recorder:
         per_block = max(extent, min(64, BLOCK_BYTES // row_bytes // extent * extent)) if self._all_weights else 1
         self._rows = RowBlocks(shapes, dtype, per_block, pinned)
         gradients = RowBlocks(shapes, dtype, 1, pinned)
+        self._begin(model, optimizer, loss_fn, data, gradients, memory, limit)
+        self._pass, self._pass_start = self._target.epochs - 1, -1
+        self._copies: dict[int, tuple[Any, Any]] = {}
+        self.state = "recording"
+        session.register(self)
+        if note:
+            self.note(note)
+        what = "every step" if self._all_weights else f"every {self._every} steps"
+        say(
+            f"recording to {self._target.shown}: {self._rows.width:,} parameters, weights {what} "
+            f"({format_size(row_bytes)} a row); stops at {format_size(limit)}."
+        )
+
+    def _begin(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss_fn: Any,
+        data: Any,
+        gradients: RowBlocks,
+        memory: int,
+        limit: int,
+    ) -> None:
+        """Restore a run to resume, start the writer, hook the loop; after an error nobody holds the run."""
         sink = None
         try:
             if self._target.start:
@@ -86,22 +110,11 @@ class Recorder:
                 emit=self._emit,
                 say_once=self.say_once,
             )
-        except BaseException:  # also an interrupt: nobody may hold the run then
+        except BaseException:  # also an interrupt
             if sink is not None:
                 sink.abandon()
             self._target.give_back()
             raise
-        self._pass, self._pass_start = self._target.epochs - 1, -1
-        self._copies: dict[int, tuple[Any, Any]] = {}
-        self.state = "recording"
-        session.register(self)
-        if note:
-            self.note(note)
-        what = "every step" if self._all_weights else f"every {self._every} steps"
-        say(
-            f"recording to {self._target.shown}: {self._rows.width:,} parameters, weights {what} "
-            f"({format_size(row_bytes)} a row); stops at {format_size(limit)}."
-        )
 
     # The loop's side ------------------------------------------------------------------------------------------
 
