@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-from nbdyn.errors import CorruptRun
+from nbdyn.errors import CorruptRun, NbdynError
 
 _contexts: dict[tuple[int, bool, bool], Any] = {}
 
@@ -94,9 +94,15 @@ def parent(uri: str) -> str:
 
 
 def object_type(uri: str) -> str | None:
-    """What TileDB sees at the URI: "group", "array" or None."""
-    with reading(uri):
+    """What TileDB sees at the URI: "group", "array" or None.
+
+    Raises:
+        NbdynError: if it cannot look: no such bucket, no permission, no network.
+    """
+    try:
         return tiledb().object_type(uri, ctx=context(uri))
+    except tiledb().TileDBError as error:
+        raise NbdynError(f"cannot reach {uri}: {_reason(error)}. Check the address and your permissions.") from error
 
 
 @contextlib.contextmanager
@@ -105,8 +111,11 @@ def reading(uri: str) -> Iterator[None]:
     try:
         yield
     except tiledb().TileDBError as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CorruptRun(
-            f"cannot read {uri}: {reason}. Type `python -m nbdyn verify {parent(uri)}` to see what is damaged "
+            f"cannot read {uri}: {_reason(error)}. Type `python -m nbdyn verify {parent(uri)}` to see what is damaged "
             "and what is still whole."
         ) from error
+
+
+def _reason(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
