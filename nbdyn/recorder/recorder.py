@@ -265,7 +265,7 @@ class Recorder:
         block_full = record.row is not None and record.row[1] == self._rows.per_block - 1 and self._all_weights
         try:
             self._sink.put(record, urgent=block_full)
-        except BaseException as error:
+        except RecordingStopped as error:  # an interrupt while training waits is no failure of the writer
             self._stop(error)
             raise
 
