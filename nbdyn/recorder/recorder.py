@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -162,7 +163,8 @@ class Recorder:
         """
         kept: dict[str, Any] = {}
         for name, value in scalars.items():
-            if name in STEP_COLUMNS and not (name == "loss" and self._loop.probe is None):
+            standard = name in STEP_COLUMNS or re.fullmatch(r"lr_\d+", name)
+            if standard and not (name == "loss" and self._loop.probe is None):
                 raise NbdynError(f'"{name}" is recorded already; log it under another name, such as "my_{name}".')
             kept[name] = _number(name, value)
         self._loop.log(kept)

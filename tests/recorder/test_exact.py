@@ -174,6 +174,8 @@ def test_standard_names_cannot_be_logged(tmp_path: Path) -> None:
     with nbdyn.record(tmp_path / "run", model, optimizer) as rec:
         with pytest.raises(NbdynError, match='"lr" is recorded already; log it under another name, such as "my_lr"'):
             rec.log(lr=3)
+        with pytest.raises(NbdynError, match='"lr_1" is recorded already'):
+            rec.log(lr_1=3)
         rec.batch(ids=[0])
         model(torch.rand(1, 12)).sum().backward()
         optimizer.step()
