@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nbdyn import datasets as datasets
     from nbdyn.accessor import as_frame as as_frame
     from nbdyn.accessor import dyn as dyn
+    from nbdyn.cells import WriteOut as WriteOut
     from nbdyn.run import Run as Run
     from nbdyn.run import open as open
     from nbdyn.run import record as record
@@ -32,6 +33,7 @@ _HOMES = {
     "open": "nbdyn.run",
     "runs": "nbdyn.run",
     "Run": "nbdyn.run",
+    "WriteOut": "nbdyn.cells",
     "dyn": "nbdyn.accessor",
     "as_frame": "nbdyn.accessor",
     "options": "nbdyn.settings",
@@ -39,7 +41,7 @@ _HOMES = {
 }
 """Where each public name lives; a name whose home is the package itself is a module."""
 
-__all__ = ["Run", "as_frame", "datasets", "dyn", "open", "options", "record", "runs"]
+__all__ = ["Run", "WriteOut", "as_frame", "datasets", "dyn", "open", "options", "record", "runs"]
 
 
 def __getattr__(name: str) -> Any:

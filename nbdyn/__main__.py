@@ -1,4 +1,4 @@
-"""`python -m nbdyn`: the demo, and the care of runs (doctor, verify, gc)."""
+"""`python -m nbdyn`: the demo, and the care of runs (doctor, verify, gc, compact)."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, text in (
         ("verify", "read every byte of a run and check that its parts agree"),
         ("gc", "remove what a killed writer left behind"),
+        ("compact", "compress what a killed recording left raw of single samples"),
         ("doctor", "versions, and what may be wrong with this installation or a run"),
     ):
         command = commands.add_parser(name, help=text)
@@ -48,6 +49,11 @@ def _run(options: argparse.Namespace) -> int:
         print(f"removed {len(removed)} fragments." if len(removed) else "nothing to remove.")
         if len(removed):
             print(removed.to_string(index=False))
+        return 0
+    if options.command == "compact":
+        from nbdyn.run import compact
+
+        print(f"{compact(options.path)}.")
         return 0
     findings = verify.verify(options.path)
     if len(findings):

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import html
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from nbdyn import accessor  # noqa: F401  (importing it registers df.dyn, for the frames that runs give)
+from nbdyn.cells import WriteOut
 from nbdyn.errors import NbdynError
 from nbdyn.settings import format_size
 from nbdyn.store import Store, Weights, frames
 from nbdyn.store.backend import basename, context, is_local, join, normalize, object_type, tiledb
+from nbdyn.store.gradients import Gradients
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 
     from nbdyn.recorder.recorder import Recorder
     from nbdyn.recorder.replay import Replay
+    from nbdyn.store.compact import Compaction
     from nbdyn.widgets.cockpit import Cockpit
 
 _current: Run | None = None
@@ -107,6 +111,15 @@ class Run:
     def weights(self) -> Weights:
         """The recorded weights: `run.weights["fc1.weight", 0:100]`. See `nbdyn.store.Weights`."""
         return self.store.weights
+
+    @property
+    def gradients(self) -> Gradients:
+        """The gradients of single samples: `run.gradients[step, "fc1.weight[3,:]", sample].frame()`.
+
+        Exact contributions to p.grad, computed from the recorded factors on read; `.own()` gives the samples' own
+        gradients, `.total()` and `gradients.rebuild(step)` the batch gradient. See `nbdyn.store.gradients.Gradients`.
+        """
+        return Gradients(self.store)
 
     def note(self, text: str) -> None:
         """Write a line into the logbook, at the last committed step."""
@@ -237,7 +250,13 @@ def record(
     *,
     data: Any = None,
     weights: str = "snapshots",
-    every: int = 50,
+    snapshot_every: int = 50,
+    per_sample: bool = True,
+    layers: str | Sequence[str] | None = None,
+    every: int = 1,
+    fraction: float = 1.0,
+    project: int | None = None,
+    cells: int | str | WriteOut | None = 64,
     mode: str = "new",
     budget: str = "20 GB",
     note: str | None = None,
@@ -245,8 +264,9 @@ def record(
     """Record the training that follows; returns the recorder, usable with or without `with`.
 
     Per step: epoch, sample ids, loss, per-sample loss and correctness, learning rates, gradient norm of every
-    tensor, wall time, what a replay needs; every `every` steps weights, buffers and optimizer state. On the
-    training thread only copies are made; a thread of low priority writes. What waits for it is bounded by
+    tensor, wall time, what a replay needs; every `snapshot_every` steps weights, buffers and optimizer state; and
+    the gradient of every single sample, exactly, in factors (see `docs/per-sample.md`). On the training thread
+    only copies are made; a thread of low priority writes. What waits for it is bounded by
     `nbdyn.options.memory`; when it falls behind, training waits, nothing is dropped.
 
         rec = nbdyn.record("runs/fc", model, optimizer, loss_fn)
@@ -261,8 +281,15 @@ def record(
         loss_fn: the loss of the loop; a `torch.nn` loss module is hooked, a plain function evaluated once more
             on the model's output and the last element of the batch.
         data: the data set that was trained on; `mode="resume"` replays with it.
-        weights: "snapshots" (every `every` steps) or "every" (every step; a row is 4 bytes a parameter).
-        every: steps between snapshots.
+        weights: "snapshots" (every `snapshot_every` steps) or "every" (every step; a row is 4 bytes a parameter).
+        snapshot_every: steps between snapshots.
+        per_sample: whether the gradients of single samples are recorded.
+        layers: names or patterns of the layers or tensors that per-sample gradients are recorded of; None: all.
+        every: per-sample gradients are recorded at every so-many-th step.
+        fraction: share of the samples that they are recorded of, the same samples at every step.
+        project: dimension of seeded random projections of the factors of linear layers; results are then approximate.
+        cells: which cells are written out one by one, too, for plain tiledb: so many of largest |c| of each tensor
+            and step, or a selector ("fc3.*": all of its cells), or `nbdyn.WriteOut(...)`; None for none.
         mode: "new" (an existing path gets the next free name), "resume" (go on after the last committed step)
             or "replace".
         budget: bytes on disk at which recording stops with an error; training can then go on unrecorded.
@@ -273,8 +300,11 @@ def record(
         NbdynError: if the path cannot be written, or an argument is not one of the known ones.
         Incompatible: if the model cannot be recorded, or a run to resume had another.
     """
+    from nbdyn.query.execute import rising_edges
+    from nbdyn.recorder.capture.options import capture_options
     from nbdyn.recorder.recorder import Recorder
 
+    capture = capture_options(layers, every, fraction, project, cells)
     return Recorder(
         os.fspath(path),
         model,
@@ -282,7 +312,9 @@ def record(
         loss_fn,
         data=data,
         weights=weights,
-        every=every,
+        snapshot_every=snapshot_every,
+        capture=capture if per_sample else None,
+        edges_of=rising_edges,
         mode=mode,
         budget=budget,
         note=note,
@@ -307,6 +339,22 @@ def open(path: str | os.PathLike[str] | Recorder, model: nn.Module | None = None
     run = Run(Store(where), model, data)
     set_current(run)
     return run
+
+
+def compact(path: str | os.PathLike[str]) -> Compaction:
+    """Compress what a killed recording left raw of single samples; recorders do it themselves when they close.
+
+    Raises:
+        RunBusy: if a live writer holds the run.
+        CorruptRun: if what was captured is damaged.
+        NbdynError: if the place cannot be written.
+    """
+    from nbdyn.query.execute import rising_edges
+    from nbdyn.store import compact as compaction
+    from nbdyn.store.written import cells_of
+
+    store = Store(path)
+    return compaction.compact(store, cells=cells_of(store, rising_edges))
 
 
 def runs(folder: str | os.PathLike[str] = "runs") -> pd.DataFrame:
@@ -376,4 +424,4 @@ def set_current(run: Run) -> None:
     _current = run
 
 
-__all__ = ["Moment", "Run", "current", "open", "record", "runs", "set_current"]
+__all__ = ["Moment", "Run", "compact", "current", "open", "record", "runs", "set_current"]

@@ -8,6 +8,9 @@ SCHEMA_VERSION = 1
 ARRAYS = ("weights", "state", "scalars", "visits", "notes", "steps")
 """The arrays of a run, in the order a segment is committed: `steps` last, it makes the segment visible."""
 
+CAPTURE = ("calls", "gradients", "factors", "rows")
+"""Members of a run that captured single samples, once its journal is compacted: arrays, groups of numbered arrays."""
+
 # Parts of the `state` array: what a replay needs, keyed by (step, part).
 PART_RNG = 0  # torch's CPU generator before the forward pass, where it changed
 PART_SNAPSHOT = 1  # safetensors: optimizer state, Python/NumPy/CUDA generators; JSON: param groups, train/eval modes

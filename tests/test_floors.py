@@ -15,7 +15,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "nbdyn"
 
 FLOORS = {
-    "errors": 0, "schema": 0, "settings": 0, "datasets": 0,
+    "errors": 0, "schema": 0, "settings": 0, "datasets": 0, "cells": 0,
     "store": 1,
     "recorder": 2, "query": 2, "statistics": 2,
     "analysis": 3,

@@ -7,10 +7,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 
+import numpy as np
 import pandas as pd
 
-from nbdyn.errors import NbdynError, UnknownName
+from nbdyn.errors import NbdynError, QueryError, UnknownName
 from nbdyn.query.comparison import compare
+from nbdyn.query.events import find_condition
 from nbdyn.query.history import last
 from nbdyn.query.language import parse
 from nbdyn.query.plan import ComparePlan, LastPlan, Plan, ShowPlan, WeightsPlan, make_plan
@@ -66,6 +68,25 @@ def explain(text: str, store: Store, resolve: Resolve | None = None) -> pd.DataF
     """
     tree = parse(text)
     return _explain(tree.statement if isinstance(tree, Explain) else tree, text, store, resolve)
+
+
+def rising_edges(condition: str, store: Store) -> np.ndarray:
+    """The steps at which a condition on the columns of `run.steps` begins to hold, (n,) int64. Nothing is logged.
+
+    Args:
+        condition: as in `last 50 samples before loss > 5`.
+        store: the run.
+
+    Raises:
+        QueryError: if it is no such condition, with a caret under the place.
+    """
+    text = f"last 1 samples before every {condition}"
+    tree = parse(text)
+    if isinstance(tree, Last):
+        source, plan = _plan(tree, text, store, None)
+        if isinstance(plan, LastPlan) and plan.condition is not None:
+            return find_condition(plan, source).steps
+    raise QueryError(f'"{condition}" is no condition on the columns of run.steps, such as "loss > 5".')
 
 
 def _explain(tree: Show | Last | Compare, text: str, store: Store, resolve: Resolve | None) -> pd.DataFrame:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from nbdyn.recorder.arena import Chunk
 from nbdyn.recorder.gradients import single_factor
 from nbdyn.recorder.losses import Evaluator
 from nbdyn.recorder.rows import Block, RowBlocks, Staged
@@ -26,6 +27,7 @@ from nbdyn.schema import (
     UPDATE_NORM,
     WEIGHT_NORM,
 )  # fmt: skip
+from nbdyn.store.journal import Entry
 from nbdyn.store.writer import Segment
 
 
@@ -55,6 +57,12 @@ class StepRecord:
     factor: float | None = None  # c where seen gradient = c * raw gradient, found on the writer's thread
     groups: str | None = None
     logs: dict[str, Any] = field(default_factory=dict)
+    captured: list[Entry] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)  # the arena's memory that `captured` lies in
+    arrived: torch.cuda.Event | None = None  # what to wait for before `captured` is read
+    captured_bytes: int = 0
+    journaled: int = 0  # bytes that were released when they had been written to the journal; nbytes stays as it is
+    residuals: dict[str, float] = field(default_factory=dict)  # tensor -> how far contributions are from p.grad
     nbytes: int = 0
 
 

@@ -16,11 +16,19 @@ class GradientWatch:
     It tells the recorder that a batch had its backward pass (`on_backward(fresh)`: `fresh` if the gradients had
     been cleared since the last one, so that this batch begins a new accumulation), and remembers the version of
     each raw gradient, so that a later change (clipping, unscaling, noise) is noticed without comparing values.
+    `on_accumulated(p, fresh)` hears of every backward pass that adds to a parameter's gradient, and whether that
+    gradient had been cleared since the last one.
     """
 
-    def __init__(self, parameters: list[torch.nn.Parameter], on_backward: Callable[[bool], None]) -> None:
+    def __init__(
+        self,
+        parameters: list[torch.nn.Parameter],
+        on_backward: Callable[[bool], None],
+        on_accumulated: Callable[[torch.Tensor, bool], None] | None = None,
+    ) -> None:
         self._parameters = parameters
         self._on_backward = on_backward
+        self._on_accumulated = on_accumulated
         self._raw: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
         self._place = {id(p): place for place, p in enumerate(parameters)}
         self._handles: dict[int, Any] = {}
@@ -43,10 +51,13 @@ class GradientWatch:
         if grad is None:
             return
         key = id(p)
+        known = self._raw.get(key)
         if self.waiting:
             self.waiting = False
-            known = self._raw.get(key)
             self._on_backward(known is not None and known[0]() is not grad)
+        if self._on_accumulated is not None:
+            # Added in place, a gradient is one version further; zeroed in place before that, it is two.
+            self._on_accumulated(p, known is None or known[0]() is not grad or grad._version > known[1] + 1)
         self._raw[key] = (weakref.ref(grad), grad._version)
         if self.copies is not None and not grad.is_sparse:
             self.copies[self._place[key]].copy_(grad)

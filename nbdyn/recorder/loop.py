@@ -12,6 +12,7 @@ from torch import nn
 
 from nbdyn.recorder import foreach, snapshot
 from nbdyn.recorder.assemble import StepRecord, stage
+from nbdyn.recorder.capture.steps import StepCapture
 from nbdyn.recorder.describe import as_json, buffers
 from nbdyn.recorder.gradients import GradientWatch
 from nbdyn.recorder.losses import Evaluator, LossProbe
@@ -33,6 +34,7 @@ class Loop:
         rows, gradients: where rows of weights and gradients are copied to.
         every, all_weights: when weights are copied: every so many steps, or at every step.
         step, seconds: number of the first step, and wall time recorded before it.
+        capture: what captures single samples; None for nothing.
         emit: called with each finished record; its exceptions go to the training loop.
         say_once: called as say_once(key, text) for what the user should know.
     """
@@ -49,6 +51,7 @@ class Loop:
         all_weights: bool,
         step: int,
         seconds: float,
+        capture: StepCapture | None,
         emit: Callable[[StepRecord], None],
         say_once: Callable[[str, str], None],
     ) -> None:
@@ -73,7 +76,10 @@ class Loop:
         self._idle = self._before_forward()
         self._evaluator = Evaluator(loss_fn)
         self.probe = None if loss_fn is None else LossProbe(loss_fn, self._on_loss)
-        self._watching = GradientWatch(self._parameters, self._on_backward)
+        self._capture = capture
+        self._watching = GradientWatch(
+            self._parameters, self._on_backward, None if capture is None else capture.accumulated
+        )
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -88,6 +94,11 @@ class Loop:
         self._batch = Batch(ids, size, source, epoch, target, self._before_forward(), logs=self._loose_logs)
         self._loose_logs = {}
         self._watching.waiting = True
+        self._begin_capture()
+
+    def _begin_capture(self) -> None:
+        if self._capture is not None:
+            self._capture.begin(self.step, self._batch)
 
     def _before_forward(self) -> dict[str, Any]:
         """Generators as they are now; copies of the buffers, where this step's weights are recorded."""
@@ -134,6 +145,8 @@ class Loop:
         for handle in self._handles:
             handle.remove()
         self._watching.remove()
+        if self._capture is not None:
+            self._capture.remove()
         if self.probe is not None:
             self.probe.remove()
 
@@ -186,8 +199,12 @@ class Loop:
         if self._batch is None:
             return
         if fresh or not self._accumulating:
+            if self._capture is not None and self._accumulating:
+                self._capture.settle(self._accumulating[-1])
             self._accumulating.append([])
         self._accumulating[-1].append(self._batch)
+        if self._capture is not None:
+            self._batch.scale = self._capture.loss_scale()
 
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -203,11 +220,23 @@ class Loop:
             self._before_update = [p.detach().clone() for p in self._parameters]
             record.weight_norms = _norms(self._before_update)
         if any(arg is not None for arg in args[1:]) or kwargs.get("closure") is not None:  # args[0] is the optimizer
-            self._say_once("closure", "step(closure) computes gradients inside; gradient norms are not recorded.")
+            self._say_once(
+                "closure", "step(closure) computes gradients inside; neither their norms nor samples' are recorded."
+            )
             return
         record.norms = _norms([p.grad for p in self._parameters])
-        if self._watching.changed():
+        changed = self._watching.changed()
+        if self._capture is not None:
+            raw = self._watching.copies if changed else [p.grad for p in self._parameters]
+            self._capture.collect(record, self._batches_now(), raw)
+        if changed:
             self._copy_gradient(record)
+
+    def _batches_now(self) -> list[Batch]:
+        """The batches of the step that is being taken."""
+        if self._accumulating:
+            return self._accumulating[-1]
+        return [] if self._batch is None else [self._batch]  # gradients that no backward pass made
 
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -220,11 +249,8 @@ class Loop:
             now = [p.detach() for p in self._parameters]
             record.update_norms = _norms(foreach.sub(now, self._before_update))
             self._before_update = None
-        if self._accumulating:
-            record.batches = self._accumulating[-1]
-        elif self._batch is not None:
-            record.batches = [self._batch]  # gradients that no backward pass made
-        else:
+        record.batches = self._batches_now()
+        if not record.batches:
             self._say_once("ids", "no batch is known: wrap the loader in rec.watch(...), or call rec.batch(ids=...).")
         self._note_options(record)
         # At one stroke: an interrupt leaves either no step, or a whole one.
@@ -237,6 +263,7 @@ class Loop:
             last = record.batches[-1]
             self._batch = Batch(last.ids, last.size, last.source, last.epoch, last.target, rng, again=True)
             self._watching.waiting = True
+            self._begin_capture()
         else:
             self._idle = rng
 
@@ -271,6 +298,8 @@ class Loop:
             with torch.no_grad():
                 self._copy_state(record, batches[0].rng, self.step % self._every == 0)
             record.seconds = time.perf_counter() - self._zero
+            if self._capture is not None:
+                self._capture.collect(record, batches, None)
             self.step, self._record = self.step + 1, record
             self.seal()
         self._accumulating = self._accumulating[-1:]
@@ -292,6 +321,7 @@ class Loop:
         state = 0 if record.snapshot is None else sum(t.nbytes for t in record.snapshot.tensors.values())
         batches = sum(24 * batch.size + 5056 for batch in record.batches)
         record.nbytes = rows * self._rows.row_bytes + state + sum(t.nbytes for _, t in record.buffers) + batches + 64
+        record.nbytes += record.captured_bytes
         return record
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -13,6 +14,8 @@ from torch.utils.data import DataLoader
 from nbdyn.errors import NbdynError, RecordingStopped, did_you_mean
 from nbdyn.recorder import session
 from nbdyn.recorder.assemble import StepRecord
+from nbdyn.recorder.capture.options import CaptureOptions, check_capturable
+from nbdyn.recorder.capture.steps import StepCapture
 from nbdyn.recorder.describe import describe, named_parameters, row_dtype
 from nbdyn.recorder.loop import Loop
 from nbdyn.recorder.losses import Evaluator
@@ -22,7 +25,9 @@ from nbdyn.recorder.target import Target, open_target
 from nbdyn.recorder.watch import Watch, given_ids, listening_copy
 from nbdyn.schema import STEP_COLUMNS
 from nbdyn.settings import format_size, options, parse_size, say
+from nbdyn.store import Store
 from nbdyn.store.layout import row_extent
+from nbdyn.store.written import EdgesOf
 
 BLOCK_BYTES = 22_000_000
 """Rows of every step are gathered in blocks of about this size before they are written."""
@@ -44,13 +49,15 @@ class Recorder:
         *,
         data: Any = None,
         weights: str = "snapshots",
-        every: int = 50,
+        snapshot_every: int = 50,
+        capture: CaptureOptions | None = None,
+        edges_of: EdgesOf | None = None,
         mode: str = "new",
         budget: str | int = "20 GB",
         note: str | None = None,
         view: Callable[[Recorder], Any] | None = None,
     ) -> None:
-        _check_choices(weights, every, mode)
+        _check_choices(weights, snapshot_every, mode)
         limit, memory = parse_size(budget), parse_size(options.memory)
         self._view = view
         self._said: set[str] = set()
@@ -60,7 +67,10 @@ class Recorder:
         pinned = any(p.is_cuda for _, p in named)
         row_bytes = sum(shape.numel() for shape in shapes) * int(dtype[1])
         extent = row_extent(row_bytes, weights == "every")
-        config = describe(model, optimizer, loss_fn, weights, every, extent)
+        config = describe(model, optimizer, loss_fn, weights, snapshot_every, extent)
+        config["per_sample"] = None if capture is None else capture.to_json()
+        if capture is not None:
+            check_capturable(model, capture, config["tensors"])
         self._target: Target = open_target(path, mode, config)
         config = self._target.config
         self.uri = self._target.uri
@@ -69,7 +79,9 @@ class Recorder:
         per_block = max(extent, min(64, BLOCK_BYTES // row_bytes // extent * extent)) if self._all_weights else 1
         self._rows = RowBlocks(shapes, dtype, per_block, pinned)
         gradients = RowBlocks(shapes, dtype, 1, pinned)
-        self._begin(model, optimizer, loss_fn, data, gradients, memory, limit)
+        self._capture: StepCapture | None = None
+        self._edges_of = edges_of
+        self._begin(model, optimizer, loss_fn, data, gradients, capture, memory, limit)
         self._pass, self._pass_start = self._target.epochs - 1, -1
         self._copies: dict[int, tuple[Any, Any]] = {}
         self.state = "recording"
@@ -89,6 +101,7 @@ class Recorder:
         loss_fn: Any,
         data: Any,
         gradients: RowBlocks,
+        capture: CaptureOptions | None,
         memory: int,
         limit: int,
     ) -> None:
@@ -97,7 +110,14 @@ class Recorder:
         try:
             if self._target.start:
                 session.restore(self._target.store(), model, optimizer, loss_fn, data)
-            sink = self._sink = Sink(self._target, self._rows, gradients, Evaluator(loss_fn), memory, limit)
+            if capture is not None:
+                if capture.cells.around is not None:
+                    self._edges(capture.cells.around, self._target.store())  # what is wrong with it is said now
+                self._capture = self._make_capture(model, capture, limit)
+            evaluator = Evaluator(loss_fn)
+            sink = self._sink = Sink(
+                self._target, self._rows, gradients, evaluator, self._capture, self._edges, memory, limit
+            )
             self._loop = Loop(
                 model,
                 optimizer,
@@ -108,14 +128,35 @@ class Recorder:
                 all_weights=self._all_weights,
                 step=self._target.start,
                 seconds=self._target.seconds,
+                capture=self._capture,
                 emit=self._emit,
                 say_once=self.say_once,
             )
         except BaseException:  # also an interrupt
+            if self._capture is not None:
+                self._capture.remove()
             if sink is not None:
                 sink.abandon()
             self._target.give_back()
             raise
+
+    def _edges(self, condition: str, store: Store) -> np.ndarray:
+        if self._edges_of is None:
+            raise NbdynError("this recorder was made without the query language; make it with nbdyn.record(...).")
+        return self._edges_of(condition, store)
+
+    def _make_capture(self, model: nn.Module, options: CaptureOptions, limit: int) -> StepCapture:
+        return StepCapture(
+            model,
+            self._target.config["tensors"],
+            [p for _, p in named_parameters(model)],
+            options,
+            sites=self._target.sites(),
+            check_every=self._every,
+            room=limit - self._target.size,
+            say=say,
+            say_once=self.say_once,
+        )
 
     # The loop's side ------------------------------------------------------------------------------------------
 
@@ -238,6 +279,8 @@ class Recorder:
         if batches is not None:
             row = self._rows.row_bytes
             weights = row * batches if self._all_weights else row * (batches // self._every + 1)
+            if self._capture is not None:
+                self._capture.batches = batches
             self.say_once("cost", f"about {format_size(weights)} of weights an epoch ({batches} batches).")
 
     def begin_batch(self, ids: Sequence[int] | None, size: int, source: int, batch: Any) -> None:
@@ -285,15 +328,15 @@ class Recorder:
         session.unregister(self)
 
 
-def _check_choices(weights: str, every: int, mode: str) -> None:
+def _check_choices(weights: str, snapshot_every: int, mode: str) -> None:
     for name, value, known in (
         ("weights", weights, ("snapshots", "every")),
         ("mode", mode, ("new", "resume", "replace")),
     ):
         if value not in known:
             raise NbdynError(f"{name}={value!r}: {did_you_mean(str(value), known)} It is one of {', '.join(known)}.")
-    if not isinstance(every, int) or every < 1:
-        raise NbdynError(f"every={every!r}: snapshots are taken every so many steps; give a whole number from 1.")
+    if not isinstance(snapshot_every, int) or snapshot_every < 1:
+        raise NbdynError(f"snapshot_every={snapshot_every!r}: steps between snapshots; give a whole number from 1.")
 
 
 def _number(name: str, value: Any) -> Any:

@@ -13,6 +13,8 @@ import torch
 
 from nbdyn.errors import NbdynError, RecordingStopped
 from nbdyn.recorder.assemble import Assembler, StepRecord
+from nbdyn.recorder.capture.capture import to_numpy
+from nbdyn.recorder.capture.steps import StepCapture
 from nbdyn.recorder.losses import Evaluator
 from nbdyn.recorder.pipeline import Pipeline
 from nbdyn.recorder.rows import RowBlocks
@@ -20,7 +22,10 @@ from nbdyn.recorder.target import Target, finish_metadata
 from nbdyn.settings import format_size, say
 from nbdyn.store import frames, verify
 from nbdyn.store.backend import context, is_local, tiledb
+from nbdyn.store.compact import compact
+from nbdyn.store.journal import JournalWriter
 from nbdyn.store.writer import SegmentWriter, now_ns
+from nbdyn.store.written import EdgesOf, cells_of, wanted
 
 SEGMENT_SECONDS = 1.0
 SEGMENT_SHARE = 1 / 200
@@ -28,6 +33,8 @@ SEGMENT_SECONDS_MOST = 30.0
 """Steps wait about a second before they are committed, in long runs a 200th of the time so far, at most 30 s: the
 number of fragments stays in the low thousands, which is what TileDB opens quickly."""
 SEGMENT_BYTES = 24_000_000
+JOURNAL_BYTES = 2_000_000_000
+"""The journal is compacted while training goes on, once it is so large: disks are not endless. Below that, at close."""
 ALIGNED_SECONDS = 10.0
 """Rows of every step are committed in whole tiles, unless they have waited so long."""
 
@@ -48,9 +55,21 @@ class Sink:
     """Takes step records, commits them in segments on the writer's thread, feeds live views."""
 
     def __init__(
-        self, target: Target, rows: RowBlocks, gradients: RowBlocks, evaluator: Evaluator, memory: int, budget: int
+        self,
+        target: Target,
+        rows: RowBlocks,
+        gradients: RowBlocks,
+        evaluator: Evaluator,
+        capture: StepCapture | None,
+        edges_of: EdgesOf,
+        memory: int,
+        budget: int,
     ) -> None:
         self._target, self._rows, self._budget = target, rows, budget
+        self._capture, self._edges_of = capture, edges_of
+        self._journal: JournalWriter | None = None
+        self._journaled = 0  # so many of the waiting records have their tensors in the journal
+        self._journal_bytes = 0  # bytes in the journal that are not compacted yet
         self._assembler = Assembler(gradients, evaluator)
         self._open: list[StepRecord] = []
         self._began = self._since = time.perf_counter()
@@ -60,6 +79,7 @@ class Sink:
         self._noting = threading.Lock()
         self._notes: list[tuple[int, int, str, str]] = []
         self.flushed = self._next = target.start
+        self.bytes_captured = 0  # on disk, of what was captured
         self._gap = False
         self._visits = 0
         self._writer: SegmentWriter | None = None
@@ -109,11 +129,24 @@ class Sink:
             finish_metadata(self._target, self._ctx, status, end)
         except tiledb().TileDBError as error:
             raise RecordingStopped(f"the run is written but could not be marked {status}: {error}") from error
+        if self._journal_bytes:
+            self._compact_at_end()
         self._end(status)
+
+    def _compact_at_end(self) -> None:
+        """The run is whole already: what goes wrong here is said, and can be done again."""
+        try:
+            self._compact(whole=True)
+        except (KeyboardInterrupt, OSError, NbdynError, tiledb().TileDBError) as error:
+            why = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error).splitlines()[0]
+            way = f"python -m nbdyn compact {self._target.shown}"
+            say(f"compaction did not finish ({why}); nothing is lost, `{way}` takes it up.")
 
     def abandon(self) -> None:
         """The writer failed: remove the unfinished segment, mark the run if that is possible, release the lock."""
         self._pipeline.close()
+        if self._journal is not None:
+            self._journal.abandon()
         with contextlib.suppress(NbdynError, tiledb().TileDBError):  # the run then shows as "killed"
             verify.collect(self._target.store())  # on a full disk, this makes the room for the mark
             finish_metadata(self._target, context(self._target.uri, writing=True), "stopped", None)
@@ -127,7 +160,7 @@ class Sink:
 
     def summary(self, status: str) -> str:
         """One line on what was recorded and what it cost."""
-        written = 0 if self._writer is None else self._writer.bytes_written
+        written = self.bytes_captured + (0 if self._writer is None else self._writer.bytes_written)
         steps = self.flushed - self._target.start
         each = f", {format_size(written / steps)} a step" if steps else ""
         waited = self._pipeline.seconds_waited
@@ -147,7 +180,9 @@ class Sink:
             records, released = self._in_order(records)
             self._open += records
             self._feed(records, self._listeners)
+            released += self._write_journal(self._aligned())
             while count := self._due(final or self._gap, hurry):
+                released += self._write_journal(count)
                 batch, self._open = self._open[:count], self._open[count:]
                 released += self._commit(batch)
         if self._gap:
@@ -185,22 +220,68 @@ class Sink:
         age = time.perf_counter() - self._since
         patience = (time.perf_counter() - self._began) * SEGMENT_SHARE
         patience = min(max(SEGMENT_SECONDS, patience), SEGMENT_SECONDS_MOST)
-        large = sum(record.nbytes for record in self._open) >= SEGMENT_BYTES
+        large = sum(record.nbytes - record.journaled for record in self._open) >= SEGMENT_BYTES
         if not (large or age >= patience):
             return 0
+        return self._aligned() or (count if age >= max(patience, ALIGNED_SECONDS) else 0)
+
+    def _aligned(self) -> int:
+        """How many of the waiting records end with a whole tile of weights."""
         extent = self._target.config["row_extent"]
-        aligned = count - (self._open[-1].step + 1) % extent if extent > 1 else count
-        return max(0, aligned) or (count if age >= max(patience, ALIGNED_SECONDS) else 0)
+        return (
+            max(0, len(self._open) - (self._open[-1].step + 1) % extent)
+            if self._open and extent > 1
+            else len(self._open)
+        )
+
+    def _write_journal(self, count: int) -> int:
+        """Put what was captured of the first `count` waiting records into the journal; returns the bytes released.
+
+        At once, not when their segment is complete: it is most of what a step leaves, and its memory is used again.
+        """
+        assert self._writer is not None
+        records = [record for record in self._open[self._journaled : count] if record.captured]
+        self._journaled = max(self._journaled, count)
+        if self._capture is None or not records:
+            return 0
+        for record in records:
+            if record.arrived is not None:
+                record.arrived.synchronize()
+            for entry in record.captured:
+                to_numpy(entry)
+        if self._journal is None:
+            self._journal = JournalWriter(self._target.uri, self._ctx, self._writer.segment + 1)
+        self._journal.append([entry for record in records for entry in record.captured])
+        return sum(self._forget(record) for record in records)
+
+    def _forget(self, record: StepRecord) -> int:
+        """What was captured of a record is in the journal; returns the bytes released."""
+        assert self._capture is not None
+        self._capture.arena.release(record.chunks)
+        record.journaled = record.captured_bytes
+        record.captured, record.chunks = [], []
+        return record.journaled
+
+    def _finish_journal(self) -> None:
+        """The journal of the segment that is about to be committed is complete."""
+        if self._journal is not None and self._capture is not None:
+            self._journal.finish([site.to_json() for site in self._capture.sites], dict(self._capture.batch_only))
+            self._journal_bytes += self._journal.nbytes
+            self.bytes_captured += self._journal.nbytes
+            self._journal = None
 
     def _commit(self, records: list[StepRecord]) -> int:
         assert self._writer is not None
+        self._journaled -= len(records)
+        self._finish_journal()
         segment = self._assembler.segment(records)
         with self._noting:
             segment.notes, self._notes = self._notes, []
-        if self._target.size + self._writer.bytes_written + segment.nbytes() > self._budget:
+        if self._target.size + self._writer.bytes_written + self.bytes_captured + segment.nbytes() > self._budget:
             raise RecordingStopped(
                 f"recording has stopped at its budget of {format_size(self._budget)} after step {self.flushed - 1}; "
-                'record with a larger budget="...", a larger every=, or weights="snapshots".'
+                'record with a larger budget="...", a larger snapshot_every=, weights="snapshots", or fewer per-sample '
+                "gradients: layers=, every=, fraction=, project=, per_sample=False."
             )
         self._writer.commit(segment)
         self.flushed += segment.count
@@ -209,7 +290,20 @@ class Sink:
         self._since = time.perf_counter()
         if not is_local(self._target.uri):
             self._target.write_metadata(self._ctx, writer=self._target.lock.lease())
-        return sum(record.nbytes for record in records)
+        if self._journal_bytes > JOURNAL_BYTES:
+            self._compact(whole=False)
+        return sum(record.nbytes - record.journaled for record in records)
+
+    def _compact(self, whole: bool) -> None:
+        """Compress the journal into arrays; not `whole`: but the last steps, which may come before an event."""
+        store = self._target.store()
+        upto = None
+        if not whole:
+            last = max(0, store.steps_committed - wanted(store).before - 1)
+            upto = int(store.read_steps(last, last + 1)["segment"][0]) - 1
+        done = compact(store, progress=whole, upto=upto, locked=True, cells=cells_of(store, self._edges_of))
+        self.bytes_captured += done.bytes_after - done.bytes_before
+        self._journal_bytes = max(0, self._journal_bytes - done.bytes_before)
 
     def _give_back(self, records: list[StepRecord]) -> None:
         for record in records:

@@ -17,6 +17,7 @@ from nbdyn.store import Store, layout, verify
 from nbdyn.store.backend import context, is_local, normalize, object_type, tiledb
 from nbdyn.store.lock import LOCK_NAME, WriterLock, holder, is_held
 from nbdyn.store.metadata import write_metadata
+from nbdyn.store.sites import Site
 
 
 @dataclass
@@ -50,6 +51,10 @@ class Target:
     def store(self) -> Store:
         """The run, opened for reading."""
         return Store(self.uri)
+
+    def sites(self) -> list[Site]:
+        """The per-sample sites that a run to resume has met already, in their order."""
+        return self.store().factors.sites if self.start else []
 
     def source_of(self, dataset: Any) -> int:
         """The number of a data set among those seen, by identity; new ones are described in the metadata."""
@@ -210,7 +215,8 @@ def _check_same_training(store: Store, config: dict[str, Any]) -> None:
 
 def _say_differences(store: Store, config: dict[str, Any]) -> None:
     """A resumed run keeps the settings it was begun with."""
-    kept = [f"{key}={store.config[key]!r}" for key in ("weights", "every") if config[key] != store.config[key]]
+    words = {"weights": "weights", "every": "snapshot_every"}
+    kept = [f"{word}={store.config[key]!r}" for key, word in words.items() if config[key] != store.config[key]]
     if kept:
         say(f"{store.name} was begun with {' and '.join(kept)}, and goes on so.")
 

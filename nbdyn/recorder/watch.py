@@ -35,6 +35,9 @@ class Batch:
         evaluated: (outputs, targets) that it was given, copies; the writer evaluates them sample by sample.
         losses, shares, correct: see `Evaluation`; filled in by the writer, or at once for large outputs.
         logs: what the user logged for it.
+        captured: what per-sample capture kept of it so far; None where it is not captured, or not any more.
+        rows: which of its samples are captured; None for all.
+        scale: the number that a GradScaler multiplied its loss with.
     """
 
     ids: Any
@@ -50,6 +53,9 @@ class Batch:
     shares: torch.Tensor | None = None
     correct: torch.Tensor | None = None
     logs: dict[str, Any] = field(default_factory=dict)
+    captured: list[Any] | None = None
+    rows: torch.Tensor | None = None
+    scale: torch.Tensor | float = 1.0
 
 
 class _Listener:

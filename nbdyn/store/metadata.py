@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from typing import Any
+
+import numpy as np
 
 from nbdyn.errors import CorruptRun
 from nbdyn.store.backend import basename, context, join, reading, tiledb
@@ -60,15 +63,35 @@ def write_metadata(uri: str, ctx: Any, **entries: Any) -> None:
     Raises:
         TileDBError: if they cannot be written (a full disk); the metadata is then as before.
     """
-    before = set(_files(uri))
+    before = _files(uri)
+    _outwait(before)
     try:
         with tiledb().Group(uri, "w", ctx=ctx) as group:
             for key, value in entries.items():
                 group.meta[key] = value if isinstance(value, (str, int)) else json.dumps(value)
     except tiledb().TileDBError:
-        for path in set(_files(uri)) - before:
+        for path in set(_files(uri)) - set(before):
             tiledb().VFS(ctx=ctx).remove_file(path)
         raise
+
+
+def _outwait(files: list[str]) -> None:
+    """Let the millisecond of the newest file pass: of two files of one millisecond, which counts is left to chance."""
+    newest = _time(files[-1]) if files else 0
+    while newest - 1000 < time.time_ns() // 10**6 <= newest:  # a clock that was set back is not waited for
+        time.sleep(0.0005)
+
+
+def compacted(uri: str, entries: dict[str, Any]) -> int:
+    """The last segment whose journal was compacted, 0 for none: what the compacted arrays hold up to it counts.
+
+    Raises:
+        CorruptRun: if the entry is no such number.
+    """
+    value = entries.get("compacted", 0)
+    if not isinstance(value, (int, np.integer)) or not 0 <= value < 2**63 - 1:
+        raise CorruptRun(f"the metadata of {uri} is damaged (compacted {value!r}); restore it from a copy.")
+    return int(value)
 
 
 def remove_torn(uri: str) -> list[str]:

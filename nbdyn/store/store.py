@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nbdyn.errors import CorruptRun, Incompatible, NbdynError
-from nbdyn.schema import ARRAYS, SCHEMA_VERSION
+from nbdyn.schema import ARRAYS, CAPTURE, SCHEMA_VERSION
 from nbdyn.store import lock
 from nbdyn.store.backend import basename, context, is_local, join, normalize, object_type, reading, tiledb
-from nbdyn.store.metadata import check_config, read_group
+from nbdyn.store.journal import Journal
+from nbdyn.store.metadata import check_config, compacted, read_group
 from nbdyn.store.writer import now_ns, write_notes
+
+if TYPE_CHECKING:
+    from nbdyn.store.factors import Factors
 
 
 class Store:
@@ -43,6 +48,8 @@ class Store:
     def refresh(self) -> bool:
         """Look again at what is committed; True if there are new steps."""
         self.config, self._status = self._read_metadata()
+        self.__dict__.pop("factors", None)
+        self._visits: tuple[int, int, dict[str, np.ndarray]] | None = None
         before = self.steps_committed
         with reading(join(self.uri, "steps")), tiledb().open(join(self.uri, "steps"), ctx=context(self.uri)) as array:
             extent = array.nonempty_domain()
@@ -79,20 +86,21 @@ class Store:
         return int(self.config["parameters"])
 
     def open(self, name: str) -> Any:
-        """One of the run's arrays, as of the last committed segment."""
+        """One of the run's arrays, as of the last committed segment; of those of captures, as of the last compacted."""
         uri = join(self.uri, name)
+        last = self.read_compacted() if name.split("/")[0] in CAPTURE else self.timestamp
         with reading(uri):
-            return tiledb().open(uri, ctx=context(self.uri), timestamp=(0, self.timestamp))
+            return tiledb().open(uri, ctx=context(self.uri), timestamp=(0, last))
 
-    def read_steps(self, start: int, stop: int) -> dict[str, np.ndarray]:
-        """Columns of the `steps` array for steps start..stop-1."""
+    def read_steps(self, start: int, stop: int, names: tuple[str, ...] | None = None) -> dict[str, np.ndarray]:
+        """Columns of the `steps` array for steps start..stop-1; `names`: only these."""
         if stop <= start:
             from nbdyn.store.layout import STEP_ATTRIBUTES
 
-            return {name: np.empty(0, dtype) for name, dtype in STEP_ATTRIBUTES}
+            return {name: np.empty(0, dtype) for name, dtype in STEP_ATTRIBUTES if names is None or name in names}
         with self.open("steps") as array, reading(array.uri):
             # One attribute at a time: TileDB 2.30 corrupts memory when one of several it reads at once is truncated.
-            names = [array.attr(number).name for number in range(array.nattr)]
+            names = names or tuple(array.attr(number).name for number in range(array.nattr))
             return {name: array.query(attrs=[name])[start:stop][name] for name in names}
 
     def read_scalars(self, start: int, stop: int) -> dict[str, np.ndarray]:
@@ -114,6 +122,29 @@ class Store:
         order = np.lexsort((cells["position"], cells["step"]))
         return {name: np.asarray(cells[name])[order] for name in names}
 
+    def sample_ids(self, steps: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Ids of the samples at some positions of some steps' batches, (n,) int64.
+
+        Cost: reads the visits of all steps between the first and the last.
+
+        Raises:
+            CorruptRun: if there was no such visit.
+        """
+        if not len(steps):
+            return np.empty(0, np.int64)
+        visits = self._visits_of(int(steps.min()), int(steps.max()) + 1)
+        places = np.searchsorted(visits["step"], steps) + positions
+        inside = places.min() >= 0 and places.max() < len(visits["step"])
+        if not (inside and (visits["step"][places] == steps).all() and (visits["position"][places] == positions).all()):
+            raise CorruptRun(f"{self.uri} holds per-sample gradients of visits that it does not know; restore it.")
+        return visits["sample"][places].astype(np.int64)
+
+    def _visits_of(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        """`read_visits`, remembered until the next one: one site after the other is asked for the same steps."""
+        if self._visits is None or self._visits[:2] != (start, stop):
+            self._visits = (start, stop, self.read_visits(start, stop))
+        return self._visits[2]
+
     def write_note(self, step: int, kind: str, text: str) -> None:
         """Append a line to the run's logbook; any process may, a live recorder or not.
 
@@ -131,6 +162,22 @@ class Store:
         from nbdyn.store.weights import Weights
 
         return Weights(self)
+
+    @cached_property
+    def factors(self) -> Factors:
+        """What was captured of single samples; see `nbdyn.store.factors.Factors`."""
+        from nbdyn.store.factors import Factors
+
+        return Factors(self)
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether anything was captured of single samples."""
+        return bool(self.read_compacted() or Journal(self).segments())
+
+    def read_compacted(self) -> int:
+        """The last segment whose journal is compacted by now, 0 for none."""
+        return compacted(self.uri, read_group(self.uri)[0])
 
     def _read_metadata(self) -> tuple[dict[str, Any], str]:
         entries, members = read_group(self.uri)

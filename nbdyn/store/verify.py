@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pandas as pd
 
 from nbdyn.errors import NbdynError, RunBusy
-from nbdyn.schema import ARRAYS, PART_SNAPSHOT
-from nbdyn.store import frames, lock, state
+from nbdyn.schema import ARRAYS, CAPTURE, PART_SNAPSHOT
+from nbdyn.store import calls, frames, journal, leftovers, lock, state, streams
 from nbdyn.store.backend import basename, context, join, normalize, object_type, reading, tiledb
 from nbdyn.store.layout import MAX_STEP
 from nbdyn.store.metadata import read_group, remove_torn
@@ -15,6 +17,9 @@ from nbdyn.store.store import Store
 
 BLOCK_BYTES = 64_000_000
 """Weights are read in blocks of about this size."""
+CELL_STEPS = 1024
+KEY_ROWS = 2**20
+"""Written-out cells and keys of rows are read so many steps, or rows, at a time."""
 
 
 def verify(uri: str, chunk: int = 4096) -> pd.DataFrame:
@@ -43,6 +48,15 @@ def verify(uri: str, chunk: int = 4096) -> pd.DataFrame:
                 findings += check(store, start, stop)
             except NbdynError as error:
                 findings.append((check.__name__.removeprefix("_check_"), start, str(error)))
+    try:
+        captured = _check_capture(store)
+    except NbdynError as error:
+        captured = [("factors", -1, str(error))]
+    known = {problem for _, _, problem in findings}  # damaged visits are met again by every site
+    for finding in captured:
+        if finding[2] not in known:
+            known.add(finding[2])
+            findings.append(finding)
     return _findings(findings)
 
 
@@ -112,6 +126,64 @@ def _check_state(store: Store, start: int, stop: int) -> list[tuple[str, int, st
     return [("state", int(step), "the snapshot is missing") for step in np.setdiff1d(due, snapshots)]
 
 
+def _check_capture(store: Store) -> list[tuple[str, int, str]]:
+    """Read everything that was captured of single samples: the journal, the table of calls, every call's tensors."""
+    if not store.has_factors:
+        return []
+    problems: list[tuple[str, int, str]] = []
+    factors, end = store.factors, store.steps_committed
+    for number, _ in enumerate(factors.sites):
+        try:
+            for block in factors.blocks(number, 0, end):
+                del block
+        except NbdynError as error:
+            problems.append(("factors", -1, str(error)))
+    compacted = store.read_compacted()
+    if compacted:
+        for name in (streams.FACTORS, streams.ROWS):  # groups are there for other programs
+            uri = join(store.uri, name)
+            with reading(uri), tiledb().Group(uri, ctx=context(uri)) as group:
+                list(group)
+        problems += _holes(store, compacted)
+        _read_unread(store, compacted)
+    return problems
+
+
+def _holes(store: Store, compacted: int) -> list[tuple[str, int, str]]:
+    """Rows of the appended arrays that no fragment covers: reading them would give fill values, not an error."""
+    problems = []
+    for name in (calls.ARRAY, *streams.arrays(store.uri, calls.count_streams(store.uri, compacted))):
+        uri = join(store.uri, name)
+        with reading(uri):
+            fragments = tiledb().array_fragments(uri, ctx=context(uri))
+        ends = [(0, 0)]
+        for domain, (written, _) in zip(fragments.nonempty_domain, fragments.timestamp_range, strict=True):
+            if written <= compacted:
+                ends.append((int(domain[0][0]), int(domain[0][1]) + 1))
+        ends.sort()
+        problems += [
+            (name, -1, f"rows {stop:,} to {start:,} are missing")
+            for (_, stop), (start, _) in itertools.pairwise(ends)
+            if start > stop
+        ]
+    return problems
+
+
+def _read_unread(store: Store, compacted: int) -> None:
+    """Read what no reader of factors needs, so that its checksums are compared: written-out cells, keys of rows."""
+    at = {"ctx": context(store.uri), "timestamp": (0, compacted)}
+    uri = join(store.uri, "gradients")
+    with reading(uri), tiledb().open(uri, **at) as array:
+        for start in range(0, store.steps_committed, CELL_STEPS):
+            array.query(order="U").multi_index[start : start + CELL_STEPS - 1]
+    for name in streams.arrays(store.uri, calls.count_streams(store.uri, compacted)):
+        if name.endswith("-keys"):
+            uri = join(store.uri, name)
+            with reading(uri), tiledb().open(uri, **at) as array:
+                for start in range(0, streams.length(array), KEY_ROWS):
+                    array[start : min(start + KEY_ROWS, streams.length(array)), :]
+
+
 def gc(uri: str) -> pd.DataFrame:
     """Remove what a killed writer left: fragments without a commit, and parts of a segment that was never finished.
 
@@ -130,60 +202,13 @@ def gc(uri: str) -> pd.DataFrame:
 
 def collect(store: Store) -> pd.DataFrame:
     """`gc` for a caller that holds the run's lock, or knows that nobody does."""
-    removed: list[tuple[str, str, str]] = []
     try:
-        removed += [("metadata of the run", file, "torn") for file in remove_torn(store.uri)]
-        for name in ARRAYS:
-            uri = join(store.uri, name)
-            removed += [(name, fragment, "not committed") for fragment in _remove_uncommitted(uri)]
-            if name != "notes":  # its fragments carry wall-clock time; every committed one counts
-                removed += _remove_unfinished(uri, name, store.timestamp)
+        removed = [("metadata of the run", file, "torn") for file in remove_torn(store.uri)]
+        removed += leftovers.of_segments(store.uri, store.timestamp)
+        removed += leftovers.of_compaction(store.uri)
     except tiledb().TileDBError as error:
         raise NbdynError(f"cannot clean {store.uri}: {error}. Is it a place that you can write?") from error
     return pd.DataFrame(removed, columns=["array", "fragment", "reason"])
-
-
-def _remove_uncommitted(uri: str) -> list[str]:
-    """Fragment folders that no commit file names."""
-    vfs = tiledb().VFS(ctx=context(uri))
-    committed = set()
-    for path in _list(vfs, join(uri, "__commits")):
-        name = basename(path)
-        if name.endswith(".wrt"):
-            committed.add(name.removesuffix(".wrt"))
-        elif name.endswith(".con"):  # consolidated commits list the fragments inside
-            with vfs.open(path) as file:
-                text = file.read().decode(errors="replace")
-            committed |= {basename(line).removesuffix(".wrt") for line in text.split("\n") if line}
-    removed = []
-    for path in _list(vfs, join(uri, "__fragments")):
-        if basename(path) not in committed:
-            vfs.remove_dir(path)
-            removed.append(basename(path))
-    return removed
-
-
-def _list(vfs: object, uri: str) -> list[str]:
-    return list(vfs.ls(uri)) if vfs.is_dir(uri) else []  # type: ignore[attr-defined]
-
-
-def _remove_unfinished(uri: str, name: str, timestamp: int) -> list[tuple[str, str, str]]:
-    """Fragments and array metadata of segments after the last one whose `steps` were committed."""
-    fragments = tiledb().array_fragments(uri, ctx=context(uri))
-    late = [
-        basename(path)
-        for path, (start, _) in zip(fragments.uri, fragments.timestamp_range, strict=True)
-        if start > timestamp
-    ]
-    if late:
-        tiledb().Array.delete_fragments(uri, timestamp + 1, 2**63 - 1, ctx=context(uri))
-    # Metadata files are named __first_last_id: one left behind would rival that of the segment to come.
-    vfs = tiledb().VFS(ctx=context(uri))
-    for path in _list(vfs, join(uri, "__meta")):
-        if int(basename(path).split("_")[2]) > timestamp:
-            vfs.remove_file(path)
-            late.append(basename(path))
-    return [(name, fragment, "of a segment that was never finished") for fragment in late]
 
 
 def delete(uri: str) -> None:
@@ -197,12 +222,12 @@ def delete(uri: str) -> None:
     if object_type(uri) != "group":
         raise NbdynError(f"{uri} is no run; nbdyn deletes nothing else. Choose another path.")
     _, members = read_group(uri)
-    if not members <= set(ARRAYS) or not members >= {"steps", "visits"}:
+    if not members <= {*ARRAYS, *CAPTURE} or not members >= {"steps", "visits"}:
         raise NbdynError(f"{uri} is a TileDB group but no run; nbdyn deletes nothing else. Choose another path.")
     if lock.is_held(uri):
         raise RunBusy(f"{basename(uri)} is being recorded by {lock.holder(uri)}; it cannot be replaced now.")
     vfs = tiledb().VFS(ctx=context(uri))
-    known = {*ARRAYS, lock.LOCK_NAME}
+    known = {*ARRAYS, *CAPTURE, journal.FOLDER, lock.LOCK_NAME}
     foreign = [name for name in map(basename, vfs.ls(uri)) if name not in known and not name.startswith("__")]
     if foreign:
         raise NbdynError(f"{uri} holds {foreign[0]}, which nbdyn did not write; move it elsewhere, then replace it.")

@@ -75,7 +75,7 @@ class Nbdyn(Plain):
 
     def start(self, path, model, optimizer, loss_fn, n) -> None:
         super().start(path, model, optimizer, loss_fn, n)
-        self.recorder = nbdyn.record(str(path), model, optimizer, loss_fn, weights=self.weights, every=50)
+        self.recorder = nbdyn.record(str(path), model, optimizer, loss_fn, weights=self.weights, per_sample=False)
 
     def batches(self, loader):
         return self.recorder.watch(loader)

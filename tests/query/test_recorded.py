@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         loader = torch.utils.data.DataLoader(
             data, batch_size=20, shuffle=True, generator=torch.Generator().manual_seed(order)
         )
-        recorder = nbdyn.record(path / weights, model, optimizer, loss_fn, weights=weights, every=7)
+        recorder = nbdyn.record(path / weights, model, optimizer, loss_fn, weights=weights, snapshot_every=7)
         with recorder:
             for epoch in range(3):
                 for inputs, targets in recorder.watch(loader):

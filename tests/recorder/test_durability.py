@@ -72,7 +72,7 @@ def child(path: str, weights: str, die_in: str) -> None:
         setattr(SegmentWriter, die_in, dying)
     inputs, targets = dataset()
     model, optimizer, loss_fn = network(0)
-    with nbdyn.record(path, model, optimizer, loss_fn, weights=weights, every=EVERY) as rec:
+    with nbdyn.record(path, model, optimizer, loss_fn, weights=weights, snapshot_every=EVERY) as rec:
         acknowledged = 0
         for step in range(STEPS):
             if rec.flushed > acknowledged:
@@ -208,7 +208,7 @@ def resume(path: Path, weights: str, seed: int) -> None:
     inputs, targets = dataset()
     model, optimizer, loss_fn = network(seed)
     with nbdyn.record(
-        path, model, optimizer, loss_fn, data=(inputs, targets), weights=weights, every=EVERY, mode="resume"
+        path, model, optimizer, loss_fn, data=(inputs, targets), weights=weights, snapshot_every=EVERY, mode="resume"
     ) as rec:
         for step in range(rec.step, STEPS):
             ids = ids_of(step)
@@ -331,7 +331,7 @@ def test_disk_full(weights: str, small_disk: Path, monkeypatch: pytest.MonkeyPat
     model, optimizer, loss_fn = wide_network()
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(inputs, targets), batch_size=BATCH)
     path, rows, taken = small_disk / "run", [], []
-    rec = nbdyn.record(path, model, optimizer, loss_fn, weights=weights, every=2)
+    rec = nbdyn.record(path, model, optimizer, loss_fn, weights=weights, snapshot_every=2)
 
     def train(epochs: int) -> None:
         """The loop of the user, the same before and after."""

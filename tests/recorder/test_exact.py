@@ -32,7 +32,7 @@ def test_weights_equal_clones_bit_for_bit(tmp_path: Path, dtype: torch.dtype, ev
     data = problems.data().tensors[0].to(dtype), problems.data().tensors[1]
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     loss_fn = nn.CrossEntropyLoss()
-    options = {"weights": "every"} if every is None else {"every": every}
+    options = {"weights": "every"} if every is None else {"snapshot_every": every}
     rec = nbdyn.record(tmp_path / "run", model, optimizer, loss_fn, **options)
     clones = []
     for step in range(70):
@@ -60,7 +60,7 @@ def test_losses_norms_and_rates_equal_what_the_loop_saw(tmp_path: Path) -> None:
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
     loss_fn = nn.CrossEntropyLoss()
     seen = []
-    rec = nbdyn.record(tmp_path / "run", model, optimizer, loss_fn, every=2)
+    rec = nbdyn.record(tmp_path / "run", model, optimizer, loss_fn, snapshot_every=2)
     for x, y in rec.watch(DataLoader(problems.data(), 25, shuffle=True)):
         before = problems.flat(model)
         optimizer.zero_grad()
@@ -231,7 +231,7 @@ def test_buffers_are_those_before_the_forward_pass(tmp_path: Path) -> None:
 
 def test_only_recorded_steps_can_be_loaded(tmp_path: Path) -> None:
     model = problems.mlp(12, 8, 4)
-    run, _ = _run(tmp_path, model, torch.optim.SGD(model.parameters(), 0.1), nn.CrossEntropyLoss(), every=4)
+    run, _ = _run(tmp_path, model, torch.optim.SGD(model.parameters(), 0.1), nn.CrossEntropyLoss(), snapshot_every=4)
     with pytest.raises(NotRecorded, match=r"snapshots every 4 steps, not weights\[6\]; the nearest is weights\[4\]"):
         run.at(6)
     with pytest.raises(Incompatible, match=r"0\.weight has shape \[9, 12\], not \[8, 12\]"):
@@ -256,7 +256,7 @@ def test_training_is_the_same_with_and_without_the_recorder(tmp_path: Path) -> N
         loss_fn = nn.CrossEntropyLoss()
         torch.manual_seed(5)
         loader = DataLoader(problems.data(), 25, shuffle=True)
-        rec = nbdyn.record(tmp_path / "run", model, optimizer, loss_fn, every=3) if record else None
+        rec = nbdyn.record(tmp_path / "run", model, optimizer, loss_fn, snapshot_every=3) if record else None
         for _ in range(3):
             for x, y in loader if rec is None else rec.watch(loader):
                 optimizer.zero_grad()

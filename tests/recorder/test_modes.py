@@ -333,11 +333,11 @@ def test_resume_in_a_fresh_model_goes_on_bit_for_bit(kind: Any, weights: str, tm
     with whole.record(tmp_path / "whole", weights="every") as rec:
         whole.run(rec, 0, 20)
     first = Training(0, kind)
-    with first.record(path, weights=weights, every=8) as rec:
+    with first.record(path, weights=weights, snapshot_every=8) as rec:
         first.run(rec, 0, 11)
         rec.log(mark=1.0)
     second = Training(77, kind)
-    with second.record(path, weights=weights, every=8, mode="resume") as rec:
+    with second.record(path, weights=weights, snapshot_every=8, mode="resume") as rec:
         assert rec.step == 11
         second.run(rec, 11, 20)
     run, other = nbdyn.open(path), nbdyn.open(tmp_path / "whole")
@@ -410,8 +410,8 @@ def test_resume_with_tensors_in_another_order_is_refused(tmp_path: Path) -> None
 
 def test_resume_keeps_the_settings_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recorded(tmp_path / "fc", weights="every")
-    recorded(tmp_path / "fc", mode="resume", weights="snapshots", every=7)
-    assert "was begun with weights='every' and every=50, and goes on so" in capsys.readouterr().out
+    recorded(tmp_path / "fc", mode="resume", weights="snapshots", snapshot_every=7)
+    assert "was begun with weights='every' and snapshot_every=50, and goes on so" in capsys.readouterr().out
     assert nbdyn.open(tmp_path / "fc").weights.steps.tolist() == list(range(7))
 
 
@@ -467,8 +467,8 @@ def test_a_read_only_disk(tmp_path: Path) -> None:
         ({"mode": "append"}, "mode='append'.*new, resume, replace"),
         ({"mode": "resum"}, 'did you mean "resume"'),
         ({"weights": "all"}, "weights='all'.*snapshots, every"),
-        ({"every": 0}, "every=0"),
-        ({"every": 2.5}, r"every=2\.5"),
+        ({"snapshot_every": 0}, "snapshot_every=0"),
+        ({"snapshot_every": 2.5}, r"snapshot_every=2\.5"),
         ({"budget": "lots"}, "'lots' is no size"),
         ({"budget": "-1 GB"}, "is no size"),
     ],
@@ -599,7 +599,7 @@ def test_an_interrupt_anywhere_in_the_recorder(line: int, weights: str, tmp_path
     """Ctrl-C strikes in a hook as well as in the loop: no step is lost, doubled or shifted."""
     training = Training()
     taken = 0
-    with pytest.raises(KeyboardInterrupt), training.record(tmp_path / "fc", weights=weights, every=3) as rec:
+    with pytest.raises(KeyboardInterrupt), training.record(tmp_path / "fc", weights=weights, snapshot_every=3) as rec:
         try:
             for number in range(40):
                 if number == 5:

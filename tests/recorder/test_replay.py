@@ -51,7 +51,7 @@ def _train(
     loss_fn = nn.CrossEntropyLoss()
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=5 * epochs + 1)
     weights = []
-    with nbdyn.record(tmp_path / "run", model, optimizer, loss_fn, **{"every": 7, **options}) as rec:
+    with nbdyn.record(tmp_path / "run", model, optimizer, loss_fn, **{"snapshot_every": 7, **options}) as rec:
         for _ in range(epochs):
             for x, y in rec.watch(DataLoader(problems.data(), 25, shuffle=True)):
                 weights.append(problems.flat(model))

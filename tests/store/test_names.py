@@ -145,7 +145,7 @@ def snapshots(tmp_path_factory: pytest.TempPathFactory) -> tuple[nbdyn.Run, np.n
     """24 steps, rows at 0, 5, 10, 15, 20, 24; and all rows as they were."""
     model = problems.mlp(12, 8, 4)
     optimizer, loss_fn = torch.optim.SGD(model.parameters(), 0.1), nn.CrossEntropyLoss()
-    with nbdyn.record(tmp_path_factory.mktemp("w") / "run", model, optimizer, loss_fn, every=5) as rec:
+    with nbdyn.record(tmp_path_factory.mktemp("w") / "run", model, optimizer, loss_fn, snapshot_every=5) as rec:
         seen = problems.train(rec, model, optimizer, loss_fn, DataLoader(problems.data(), 20), 4)
     return nbdyn.open(rec), np.stack([*(before.numpy() for before, *_ in seen), problems.flat(model).numpy()])
 

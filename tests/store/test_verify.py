@@ -27,7 +27,7 @@ def make(path: Path, **options: Any) -> None:
     optimizer, loss_fn = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), nn.CrossEntropyLoss()
     loader = DataLoader(problems.data(), 20)
     for _ in range(4):
-        with nbdyn.record(path, model, optimizer, loss_fn, mode="resume", every=5, note="again", **options) as rec:
+        with nbdyn.record(path, model, optimizer, loss_fn, mode="resume", snapshot_every=5, note="again", **options) as rec:
             problems.train(rec, model, optimizer, loss_fn, loader, 1)
             rec.log(value=1.0)
 

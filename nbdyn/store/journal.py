@@ -1,0 +1,270 @@
+"""The journal: what per-sample capture left of each segment, raw, until it is compacted into compressed arrays.
+
+Training must not wait for compression, and a TileDB fragment costs several times what the bytes do; a plain file
+costs a copy. A journal file counts once the `steps` of its segment are committed. Layout: MAGIC, the tensors' bytes
+(each aligned to ALIGNMENT), the index as JSON, and FOOTER (place and length of the index, and its CRC-32). The bytes
+carry no checksum of their own, which would cost training several per cent; the arrays that they are compacted into do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nbdyn.errors import CorruptRun
+from nbdyn.store.backend import basename, context, is_local, join, reading, tiledb
+
+if TYPE_CHECKING:
+    from nbdyn.store.store import Store
+
+MAGIC = b"nbdynJ1\n"
+FOOTER = struct.Struct("<QQI8s")
+PIECES = 512
+"""Pieces that are written by one call; systems take 1,024 or more."""
+ALIGNMENT = 64
+FOLDER = "journal"
+DTYPES: dict[str, np.dtype] = {
+    "f4": np.dtype("<f4"), "f8": np.dtype("<f8"), "f2": np.dtype("<f2"), "bf2": np.dtype("<u2"),
+    "i4": np.dtype("<i4"), "i8": np.dtype("<i8"),
+}  # fmt: skip
+"""How tensors are stored; "bf2" is the upper half of a float32, kept as its bits."""
+LARGEST, MAX_AXES = 2**40, 16
+"""A place in a file and an axis of a tensor are below, and a tensor has at most so many axes: more is no recorder's."""
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """One call of one site.
+
+    Attributes:
+        step: the step it belongs to.
+        batch: the how-manieth batch of the step, from 0.
+        position: place of its first visit among those of the step.
+        size: how many visits were captured.
+        site: number of the site.
+        call: the how-manieth call of this site with this batch.
+        factor: contribution = factor * what the form gives.
+        data: whether slot "a" holds rows of the data set.
+        tensors: slot -> array (size, ...).
+        dtypes: slot -> key of DTYPES.
+    """
+
+    step: int
+    batch: int
+    position: int
+    size: int
+    site: int
+    call: int
+    factor: float
+    data: bool
+    tensors: dict[str, np.ndarray]
+    dtypes: dict[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(array.nbytes for array in self.tensors.values())
+
+
+@dataclass
+class JournalSegment:
+    """What one file holds: the sites known so far, tensors recorded by batch only (name -> reason), the calls."""
+
+    sites: list[dict[str, Any]]
+    batch_only: dict[str, str]
+    entries: list[Entry] = field(default_factory=list)
+
+
+class JournalWriter:
+    """Writes the file of one segment: tensors as they come, the index at the end.
+
+    Args:
+        uri: the run.
+        ctx: the writer's TileDB context.
+        segment: the number that the segment will have.
+    """
+
+    def __init__(self, uri: str, ctx: Any, segment: int) -> None:
+        self.path = path_of(uri, segment)
+        if is_local(uri):
+            os.makedirs(join(uri, FOLDER), exist_ok=True)
+            self._file: Any = open(self.path, "wb", buffering=0)  # noqa: SIM115  (closed by finish or abandon)
+        else:
+            self._file = tiledb().VFS(ctx=ctx).open(self.path, "wb")
+        self._place = 0
+        self._index: list[list[Any]] = []
+        self._waiting: list[memoryview] = []
+        self._write(MAGIC)
+
+    def _write(self, data: Any) -> None:
+        if len(data):
+            view = memoryview(data).cast("B")
+            self._waiting.append(view)
+            self._place += len(view)
+
+    def _flush(self) -> None:
+        """One call of the system for many pieces: each call hands Python's lock to training and back."""
+        while self._waiting:
+            some, self._waiting = self._waiting[:PIECES], self._waiting[PIECES:]
+            if isinstance(self._file, io.FileIO) and hasattr(os, "writev"):
+                written = os.writev(self._file.fileno(), some)
+            else:
+                written = self._file.write(some[0])  # one alone: the next must not follow the part of one
+            while some and written >= len(some[0]):  # a file may take only a part
+                written -= len(some.pop(0))
+            if some:
+                self._waiting[:0] = [some[0][written:], *some[1:]]
+
+    def append(self, entries: list[Entry]) -> None:
+        """Write the tensors of some calls; their memory may be reused when this returns."""
+        places: dict[tuple[int, int], int] = {}  # an input that several sites share is written once
+        for entry in entries:
+            slots = []
+            for slot, array in entry.tensors.items():
+                flat = np.ascontiguousarray(array).reshape(-1)  # a copy is alive, and its address its own, until _flush
+                key = flat.__array_interface__["data"][0], flat.nbytes
+                if key not in places:
+                    self._write(bytes(-self._place % ALIGNMENT))
+                    places[key] = self._place
+                    self._write(flat)
+                slots.append([slot, entry.dtypes[slot], list(array.shape), places[key]])
+            head = [entry.step, entry.batch, entry.position, entry.size, entry.site, entry.call]
+            self._index.append([*head, entry.factor, entry.data, slots])
+        self._flush()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes written so far."""
+        return self._place
+
+    def finish(self, sites: list[dict[str, Any]], batch_only: dict[str, str]) -> None:
+        """Write the index and close the file."""
+        start = self._place
+        index = json.dumps({"sites": sites, "batch_only": batch_only, "entries": self._index}).encode()
+        self._write(index)
+        self._write(FOOTER.pack(start, len(index), zlib.crc32(index), MAGIC))
+        self._flush()
+        self._file.close()
+
+    def abandon(self) -> None:
+        """Close and remove the file: its segment will not be committed. What cannot be removed, gc removes later."""
+        with contextlib.suppress(OSError, tiledb().TileDBError):  # what made the writer fail may fail the close too
+            self._file.close()
+        if is_local(self.path):
+            with contextlib.suppress(OSError):
+                os.remove(self.path)
+
+
+class Journal:
+    """The journal of a run, for reading."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def segments(self, after: int = 0) -> list[int]:
+        """Committed segments later than `after` that have a file, in order."""
+        return sorted(s for s in numbers(self._store.uri) if after < s <= self._store.timestamp)
+
+    def read(self, segment: int) -> JournalSegment:
+        """What a segment's file holds.
+
+        Raises:
+            CorruptRun: if the file is cut short or damaged.
+        """
+        path = path_of(self._store.uri, segment)
+        try:
+            data = _bytes_of(path)
+            if len(data) < FOOTER.size:
+                raise ValueError("it is cut short")
+            start, length, crc, magic = FOOTER.unpack(data[-FOOTER.size :].tobytes())
+            text = data[start : start + length].tobytes()
+            whole = magic == MAGIC and start + length + FOOTER.size == len(data) and zlib.crc32(text) == crc
+            if not whole:
+                raise ValueError("its checksum does not match")
+            return _segment(data[:start], text)
+        except (ValueError, OSError) as error:
+            raise CorruptRun(
+                f"cannot read {path}: {error}. Type `python -m nbdyn verify {self._store.uri}` to see what is damaged."
+            ) from error
+
+
+def _segment(data: np.ndarray, text: bytes) -> JournalSegment:
+    """What the index says of the bytes before it.
+
+    Raises:
+        ValueError: if it is not what a writer writes.
+    """
+    try:
+        index = json.loads(text)
+        entries = [_entry(data, row) for row in index["entries"]]
+        return JournalSegment(list(index["sites"]), dict(index["batch_only"]), entries)
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"its index is damaged ({type(error).__name__}: {error})") from error
+
+
+def _entry(data: np.ndarray, row: list[Any]) -> Entry:
+    step, batch, position, size, site, call, factor, is_data, slots = row
+    tensors, dtypes = {}, {}
+    for slot, dtype, shape, place in slots:
+        # Looked at before anything is computed from them: [[0], 10**9] has a product, a list of eight gigabytes.
+        sound = all(type(n) is int and 0 <= n < LARGEST for n in (place, *shape)) and 1 <= len(shape) <= MAX_AXES
+        count = math.prod(shape) * DTYPES[dtype].itemsize if sound else 0
+        if not sound or place + count > len(data):
+            raise ValueError(f"a tensor of step {str(step)[:20]} lies outside the file or has no shape")
+        tensors[slot] = data[place : place + count].view(DTYPES[dtype]).reshape(shape)
+        dtypes[slot] = dtype
+    return Entry(step, batch, position, size, site, call, float(factor), bool(is_data), tensors, dtypes)
+
+
+def _bytes_of(path: str) -> np.ndarray:
+    """The file's bytes, (n,) uint8: mapped where it is local, read where it is not."""
+    if is_local(path):
+        return np.memmap(path, dtype=np.uint8, mode="r") if os.path.getsize(path) else np.empty(0, np.uint8)
+    with reading(path), tiledb().VFS(ctx=context(path)).open(path) as file:
+        return np.frombuffer(file.read(), np.uint8)
+
+
+def path_of(uri: str, segment: int) -> str:
+    """The file of a segment."""
+    return join(uri, FOLDER, file_name(segment))
+
+
+def file_name(segment: int) -> str:
+    """The name of a segment's file.
+
+    >>> file_name(12)
+    '00000012.journal'
+    """
+    return f"{segment:08d}.journal"
+
+
+def numbers(uri: str) -> Iterator[int]:
+    """The segments that have a file, committed or not, in no order."""
+    folder = join(uri, FOLDER)
+    if is_local(uri):
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+    else:
+        vfs = tiledb().VFS(ctx=context(uri))
+        names = [basename(path) for path in vfs.ls(folder)] if vfs.is_dir(folder) else []
+    for name in names:
+        stem = name.removesuffix(".journal")
+        # No other spelling of a number: it would count a segment twice, or one that is not there.
+        if stem.isascii() and stem.isdigit() and name == file_name(int(stem)):
+            yield int(stem)
+
+
+def remove(uri: str, segments: list[int]) -> None:
+    """Remove the files of some segments."""
+    vfs = tiledb().VFS(ctx=context(uri))
+    for segment in segments:
+        vfs.remove_file(path_of(uri, segment))
