@@ -22,6 +22,7 @@ LR = "lr/{}"  # learning rate of param group {}
 GRAD_NORM = "grad_norm/{}"  # Euclidean norm of p.grad as the optimizer saw it, parameter tensor {}
 WEIGHT_NORM = "weight_norm/{}"  # Euclidean norm of weights[t], every `every` steps
 UPDATE_NORM = "update_norm/{}"  # Euclidean norm of dw[t] = weights[t+1] - weights[t], every `every` steps
+RESIDUAL = "residual/{}"  # max|sum of contributions - p.grad| / max|p.grad| of tensor {}, at steps where it was checked
 GRAD_FACTOR = "grad_factor"  # the number c for which seen gradient = c * raw gradient, where c != 1
 LOG = "log/{}"  # a value that the user logged under the name {}
 

@@ -24,6 +24,7 @@ from nbdyn.schema import (
     PART_GROUPS,
     PART_RNG,
     PART_SNAPSHOT,
+    RESIDUAL,
     UPDATE_NORM,
     WEIGHT_NORM,
 )  # fmt: skip
@@ -62,7 +63,9 @@ class StepRecord:
     arrived: torch.cuda.Event | None = None  # what to wait for before `captured` is read
     captured_bytes: int = 0
     journaled: int = 0  # bytes that were released when they had been written to the journal; nbytes stays as it is
-    residuals: dict[str, float] = field(default_factory=dict)  # tensor -> how far contributions are from p.grad
+    residuals: dict[int, float] = field(
+        default_factory=dict
+    )  # tensor's number -> how far contributions are from p.grad
     nbytes: int = 0
 
 
@@ -166,6 +169,8 @@ class Assembler:
                 table = np.full((len(records), len(values[0])), np.nan)
                 table[list(places)] = torch.stack(list(values)).double().numpy()
                 columns |= {pattern.format(number): table[:, number] for number in range(table.shape[1])}
+        for number in sorted({number for record in records for number in record.residuals}):
+            columns[RESIDUAL.format(number)] = np.array([record.residuals.get(number, np.nan) for record in records])
         for name in sorted({name for record in records for name in record.logs if name != "loss"}):
             columns[LOG.format(name)] = np.array([float(record.logs.get(name, np.nan)) for record in records])
         factors = np.array([np.nan if r.factor in (None, 1.0) else r.factor for r in records], np.float64)

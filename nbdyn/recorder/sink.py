@@ -20,7 +20,7 @@ from nbdyn.recorder.pipeline import Pipeline
 from nbdyn.recorder.rows import RowBlocks
 from nbdyn.recorder.target import Target, finish_metadata
 from nbdyn.settings import format_size, say
-from nbdyn.store import frames, verify
+from nbdyn.store import frames, journal, verify
 from nbdyn.store.backend import context, is_local, tiledb
 from nbdyn.store.compact import compact
 from nbdyn.store.journal import JournalWriter
@@ -70,6 +70,7 @@ class Sink:
         self._journal: JournalWriter | None = None
         self._journaled = 0  # so many of the waiting records have their tensors in the journal
         self._journal_bytes = 0  # bytes in the journal that are not compacted yet
+        self._earlier_bytes = 0  # of these, what earlier recordings of the run left
         self._assembler = Assembler(gradients, evaluator)
         self._open: list[StepRecord] = []
         self._began = self._since = time.perf_counter()
@@ -89,6 +90,8 @@ class Sink:
         # Made on the writer's thread, so that TileDB's own threads inherit its low priority.
         self._ctx = context(self._target.uri, writing=True)
         self._writer = SegmentWriter(self._target.uri, self._ctx, self._target.segment, list(self._target.columns))
+        if self._target.start:
+            self._journal_bytes = self._earlier_bytes = journal.size(self._target.uri)
 
     # Called on the training thread ----------------------------------------------------------------------------
 
@@ -137,8 +140,9 @@ class Sink:
         """The run is whole already: what goes wrong here is said, and can be done again."""
         try:
             self._compact(whole=True)
-        except (KeyboardInterrupt, OSError, NbdynError, tiledb().TileDBError) as error:
-            why = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error).splitlines()[0]
+        except (KeyboardInterrupt, Exception) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            why = "interrupted" if isinstance(error, KeyboardInterrupt) else reason
             way = f"python -m nbdyn compact {self._target.shown}"
             say(f"compaction did not finish ({why}); nothing is lost, `{way}` takes it up.")
 
@@ -302,7 +306,11 @@ class Sink:
             last = max(0, store.steps_committed - wanted(store).before - 1)
             upto = int(store.read_steps(last, last + 1)["segment"][0]) - 1
         done = compact(store, progress=whole, upto=upto, locked=True, cells=cells_of(store, self._edges_of))
-        self.bytes_captured += done.bytes_after - done.bytes_before
+        saved, earlier = done.bytes_before - done.bytes_after, min(self._earlier_bytes, done.bytes_before)
+        of_earlier = round(saved * earlier / max(1, done.bytes_before))  # not saved by what this recording wrote
+        self._target.size -= of_earlier
+        self.bytes_captured -= saved - of_earlier
+        self._earlier_bytes -= earlier
         self._journal_bytes = max(0, self._journal_bytes - done.bytes_before)
 
     def _give_back(self, records: list[StepRecord]) -> None:

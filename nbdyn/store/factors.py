@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -12,11 +12,14 @@ from nbdyn.errors import Incompatible
 from nbdyn.store import calls
 from nbdyn.store.calls import CALL, FACTOR, LENGTH, POSITION, SITE, SIZE, STEP, STREAM, Calls
 from nbdyn.store.fetch import Fetch, Moved
+from nbdyn.store.projection import expand, is_projected
 from nbdyn.store.sites import Site
 from nbdyn.store.streams import SLOTS
 
 if TYPE_CHECKING:
     from nbdyn.store.store import Store
+
+T = TypeVar("T")
 
 MAX_BYTES = 64_000_000
 SPAN_VISITS = 2**18
@@ -148,19 +151,28 @@ class Factors:
         found = self._calls()
         if not 0 <= site < len(found.sites.known):
             raise Incompatible(f"{self._store.name} has {len(found.sites.known)} per-sample sites; found site={site}.")
-        form = found.sites.known[site].form
-        fetch = Fetch(self._store, found, site, (columns or {}) if form == "linear" else {})
+        known = found.sites.known[site]
+        projected = is_projected(known)
+        fetch = Fetch(self._store, found, site, (columns or {}) if known.form == "linear" and not projected else {})
+        if projected:  # estimates are wider than what is stored of them
+            max_bytes = max(1, max_bytes * int(known.options["project"]) // max(known.shape))
         for span in self._spans(site, start, stop):
             visits = self._visits(fetch, span, samples)
             for first, last in _windows(visits.step, fetch.visit_bytes(visits.call) + VISIT_BYTES, max_bytes):
                 window = visits.take(slice(first, last))
-                try:
-                    blocks = list(self._window(fetch, window))
-                except Moved:  # compacted meanwhile; calls keep their places in the table
-                    self._loaded = None
-                    fetch.update(self._calls())
-                    blocks = list(self._window(fetch, window))
-                yield from blocks
+                for block in self._settled(fetch, lambda window=window: list(self._window(fetch, window))):
+                    if projected:
+                        block.tensors = expand(known, block.tensors, columns)
+                    yield block
+
+    def _settled(self, fetch: Fetch, read: Callable[[], T]) -> T:
+        """What `read` gives, once no compaction takes a segment away from under it. Calls keep their places."""
+        while True:
+            try:
+                return read()
+            except Moved:
+                self._loaded = None
+                fetch.update(self._calls())
 
     def _spans(self, site: int, start: int, stop: int) -> Iterator[np.ndarray]:
         """The site's calls at some steps, so many whole steps at a time as have about SPAN_VISITS visits."""
@@ -183,12 +195,7 @@ class Factors:
         owner = np.repeat(np.arange(len(rows)), sizes)
         offset = np.arange(len(owner)) - (np.cumsum(sizes) - sizes)[owner]
         position = table[owner, POSITION] + offset
-        try:
-            fetch.fill_positions(rows, owner, position)
-        except Moved:
-            self._loaded = None
-            fetch.update(self._calls())
-            fetch.fill_positions(rows, owner, position)
+        self._settled(fetch, lambda: fetch.fill_positions(rows, owner, position))
         step = table[owner, STEP]
         visits = Visits(rows[owner], offset, step, position, self._store.sample_ids(step, position))
         return visits if samples is None else visits.take(np.isin(visits.sample, samples))
@@ -198,6 +205,7 @@ class Factors:
         _, first, which = calls.kinds_of(table, visits.call, [CALL, LENGTH, STREAM, STREAM + 2])
         for number in np.argsort(first):
             some = visits.take(which == number) if len(first) > 1 else visits
+            fetch.check(int(some.call[0]))
             site, call = int(table[some.call[0], SITE]), int(table[some.call[0], CALL])
             factor = np.ascontiguousarray(table[some.call, FACTOR]).view(np.float64)
             slots = SLOTS[self.sites[site].form]

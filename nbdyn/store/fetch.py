@@ -54,7 +54,8 @@ class Fetch:
     def update(self, calls: Calls) -> None:
         """Take a newer table of the same calls."""
         self._calls = calls
-        self._segments.clear()
+        for known in (self._checked, self._segments, self._data):
+            known.clear()
 
     # What a visit needs ----------------------------------------------------------------------------------------
 
@@ -63,6 +64,11 @@ class Fetch:
         kinds, _, which = kinds_of(self._calls.table, calls, [LENGTH, STREAM, STREAM + 2])
         each = [self._bytes_of(int(length), (int(first), int(second))) for length, first, second in kinds]
         return np.array(each, np.int64)[which]
+
+    def check(self, call: int) -> None:
+        """Raise CorruptRun unless a call's tensors are what the site's form asks for; `visit_bytes` does so, too."""
+        length, first, second = (int(n) for n in self._calls.table[call, [LENGTH, STREAM, STREAM + 2]])
+        self._check(length, (first, second))
 
     def _bytes_of(self, length: int, numbers: tuple[int, int]) -> int:
         self._check(length, numbers)
@@ -82,10 +88,7 @@ class Fetch:
         if any(number != NONE for number in numbers[len(slots) :]):
             raise CorruptRun(f"a call of {self._site.name} has more tensors than its form; restore the run.")
         kinds = {slot: self._kind(number, slot) for slot, number in zip(slots, numbers, strict=False)}
-        shapes = {
-            slot: ((length,) if (self._site.form, slot) in SEQUENCES else ()) + kind.shape
-            for slot, kind in kinds.items()
-        }
+        shapes = {slot: self._with_length(slot, length, kind.shape) for slot, kind in kinds.items()}
         check_shapes(self._site, shapes, {slot: kind.dtype for slot, kind in kinds.items()})
         if max(map(math.prod, shapes.values())) > MAX_CELLS:
             raise CorruptRun(f"a visit of {self._site.name} with tensors of shapes {shapes}: no recorder wrote that.")

@@ -14,7 +14,7 @@ from nbdyn.errors import NbdynError, NotRecorded
 from nbdyn.settings import format_size, parse_size
 from nbdyn.store.gradient_reader import Asked, Piece, Reader
 from nbdyn.store.names import locate
-from nbdyn.store.projection import is_projected
+from nbdyn.store.projection import is_projected, relative_error
 from nbdyn.store.provenance import with_provenance
 from nbdyn.store.written_cells import Coo, WrittenCells
 
@@ -291,7 +291,7 @@ class Cells:
         factors, indices = self._store.factors, self._asked.indices[self._asked.computed]
         sites = [factors.sites[number] for number in factors.sites_of(indices)]
         found = {site.note for site in sites if site.note}
-        found |= {f"approximate (project={site.options['project']})" for site in sites if is_projected(site)}
+        found |= {_approximation(site) for site in sites if is_projected(site)}
         return sorted(found)
 
     def _with_provenance(self, frame: pd.DataFrame) -> pd.DataFrame:
@@ -336,3 +336,10 @@ def _summed(cells: Coo) -> Coo:
     new[1:] = np.any([np.diff(column) != 0 for column in cells[:3]], axis=0)
     first = np.nonzero(new)[0]
     return cells.take(first)._replace(value=np.add.reduceat(cells.value, first))
+
+
+def _approximation(site: Site) -> str:
+    return (
+        f"{site.name}: approximate (project={site.options['project']}), unbiased, root-mean-square error of a visit's "
+        f"gradient {relative_error(site):.2g} times its norm"
+    )

@@ -6,12 +6,15 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from nbdyn.errors import Incompatible, NotRecorded
+from nbdyn.schema import RESIDUAL
 from nbdyn.store.gradient_cells import Cells
 from nbdyn.store.gradient_reader import Asked
 from nbdyn.store.names import Selection, check_indices, locate, select
 from nbdyn.store.projection import is_projected
+from nbdyn.store.provenance import with_provenance
 from nbdyn.store.written_cells import WrittenCells
 
 if TYPE_CHECKING:
@@ -46,6 +49,28 @@ class Gradients:
     def _captured(self) -> np.ndarray:
         """The steps whose factors are stored."""
         return self._store.factors.steps
+
+    @property
+    def batch_only(self) -> dict[str, str]:
+        """Tensor name -> why its gradients were not split into samples."""
+        return dict(self._store.factors.batch_only)
+
+    @property
+    def residuals(self) -> pd.DataFrame:
+        """How well contributions add up: a row a tensor and step at which the recorder compared them with p.grad.
+
+        Columns: step, tensor, residual = max|sum of contributions - p.grad| / max|p.grad|. Float32 leaves about 1e-6
+        (more where large contributions cancel), half precision about 1e-2.
+        """
+        store = self._store
+        columns = store.read_scalars(0, store.steps_committed)
+        parts = []
+        for number, tensor in enumerate(store.config["tensors"]):
+            values = columns.get(RESIDUAL.format(number), np.empty(0))
+            steps = np.flatnonzero(~np.isnan(values))
+            parts.append(pd.DataFrame({"step": steps, "tensor": tensor["name"], "residual": values[steps]}))
+        frame = pd.concat(parts).sort_values("step", kind="stable", ignore_index=True)
+        return with_provenance(frame, store, "sums of per-sample contributions against p.grad")
 
     def __getitem__(self, key: Any) -> Cells:
         """Cells by step, parameter and sample; see the class. Nothing is read yet.

@@ -154,12 +154,16 @@ class JournalWriter:
         self._write(index)
         self._write(FOOTER.pack(start, len(index), zlib.crc32(index), MAGIC))
         self._flush()
-        self._file.close()
+        self._close()
+
+    def _close(self) -> None:
+        # Left as a context manager: TileDB's files on object stores are written then, and not by close().
+        self._file.__exit__(None, None, None)
 
     def abandon(self) -> None:
         """Close and remove the file: its segment will not be committed. What cannot be removed, gc removes later."""
         with contextlib.suppress(OSError, tiledb().TileDBError):  # what made the writer fail may fail the close too
-            self._file.close()
+            self._close()
         if is_local(self.path):
             with contextlib.suppress(OSError):
                 os.remove(self.path)
@@ -261,6 +265,12 @@ def numbers(uri: str) -> Iterator[int]:
         # No other spelling of a number: it would count a segment twice, or one that is not there.
         if stem.isascii() and stem.isdigit() and name == file_name(int(stem)):
             yield int(stem)
+
+
+def size(uri: str) -> int:
+    """Bytes of all its files."""
+    vfs = tiledb().VFS(ctx=context(uri))
+    return sum(int(vfs.file_size(path_of(uri, segment))) for segment in numbers(uri))
 
 
 def remove(uri: str, segments: list[int]) -> None:

@@ -95,7 +95,14 @@ class Site:
                 note=str(entry["note"]),
             )
             inside = all(first >= 0 and size > 0 and first + size <= parameters for first, size in site.runs)
-            if site.form not in FORMS or not inside or min(site.shape, default=1) < 1:
+            project = site.options.get("project", 1)
+            if (
+                not isinstance(project, int)
+                or project < 1
+                or site.form not in FORMS
+                or not inside
+                or min(site.shape, default=1) < 1
+            ):
                 raise ValueError(f"site {site.name!r}")
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise CorruptRun(

@@ -71,7 +71,12 @@ class Stream:
     @property
     def row_bytes(self) -> int:
         """Bytes of a row of content."""
-        return self.columns * DTYPES[self.dtype].itemsize
+        return self.columns * self.itemsize
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a cell of content."""
+        return DTYPES[self.dtype].itemsize
 
     @property
     def uri(self) -> str:
@@ -112,7 +117,7 @@ class Stream:
 def create(uri: str, ctx: Any, stream: Stream, timestamp: int) -> None:
     """Create the arrays of a new stream. They count once `timestamp` is committed."""
     use = "units" if stream.form == "linear" and stream.slot != "p" else "whole"
-    itemsize = DTYPES[stream.dtype].itemsize
+    itemsize = stream.itemsize
     if stream.data:
         _create(uri, ctx, stream.keys_uri, layout.bits_schema(ctx, 3, 8, "whole"))
         use_of_rows = "data" if use == "units" else use
@@ -156,15 +161,15 @@ def load(uri: str, number: int, timestamp: int) -> Stream | None:
         return None
     try:
         stream = Stream.from_json(number, json.loads(text))
-        check_schema(schema, 1 if stream.data else stream.columns, item_of(stream).itemsize)
+        size = REFERENCE.itemsize if stream.data else stream.itemsize
+        check_schema(schema, 1 if stream.data else stream.columns, size)
+        if stream.data:
+            rows = join(uri, stream.rows_uri)
+            with reading(rows):
+                check_schema(tiledb().ArraySchema.load(rows, ctx=context(uri)), stream.columns, stream.itemsize)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CorruptRun(f"the metadata of {path} is damaged ({error}); restore the run from a copy.") from error
     return stream
-
-
-def item_of(stream: Stream) -> np.dtype:
-    """The type of a cell of the stream's own array."""
-    return REFERENCE if stream.data else DTYPES[stream.dtype]
 
 
 def check_schema(schema: Any, columns: int, itemsize: int) -> None:

@@ -1,4 +1,5 @@
-"""What was acknowledged survives: SIGKILL at any moment, a full disk; and `resume` goes on bit for bit.
+"""What was acknowledged survives, the gradient of every sample too: SIGKILL at any moment, also while the journal is
+written or compacted, a full disk; and `resume` goes on bit for bit.
 
 This file is also the program that trains and is killed: it reads what to record from standard input, a line a
 training, and forks a child for each (which saves importing torch for every one).
@@ -7,9 +8,11 @@ training, and forks a child for each (which saves importing torch for every one)
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +20,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,9 +28,12 @@ import torch
 from torch import nn
 
 STEPS = 400
+SHORT = 90
 EVERY = 30
 SAMPLES, FEATURES, CLASSES, BATCH = 64, 20, 4, 8
 KILLS = int(os.environ.get("NBDYN_KILLS", "4"))
+COMPACTING = -1000
+"""What a training says, instead of a number of steps, when it begins to compact its journal."""
 
 
 def dataset() -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,18 +57,30 @@ def flat(model: nn.Module) -> np.ndarray:
     return torch.cat([p.detach().reshape(-1) for p in model.parameters()]).numpy().copy()
 
 
-def child(path: str, weights: str, die_in: str) -> None:
-    """Train, recorded, saying which steps are on disk; with `die_in`, die at the third call of that method."""
+def gradient(model: nn.Module) -> np.ndarray:
+    return torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None]).numpy().copy()
+
+
+def child(path: str, weights: str, die_in: str, steps: int, journal_bytes: int) -> None:
+    """Train, recorded, saying which steps are on disk, and when a compaction begins.
+
+    With `die_in`, die at the third call of that method; with `journal_bytes`, compact the journal when it is as large.
+    """
     import nbdyn
     from nbdyn.recorder import pipeline, sink
+    from nbdyn.store import compact
+    from nbdyn.store.journal import JournalWriter
     from nbdyn.store.writer import SegmentWriter
 
     torch.set_num_threads(1)
     sink.SEGMENT_SECONDS = pipeline.WAKE_SECONDS = 0.02  # many commits
+    compact.BLOCK_BYTES = 4000  # and many blocks in a compaction
+    sink.JOURNAL_BYTES = journal_bytes or sink.JOURNAL_BYTES
     if die_in == "finish_metadata":
         sink.finish_metadata = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
     elif die_in:
-        original, calls = getattr(SegmentWriter, die_in), []
+        owner = SegmentWriter if hasattr(SegmentWriter, die_in) else JournalWriter
+        original, calls = getattr(owner, die_in), []
 
         def dying(*args: object) -> None:
             calls.append(1)
@@ -69,15 +88,21 @@ def child(path: str, weights: str, die_in: str) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             original(*args)
 
-        setattr(SegmentWriter, die_in, dying)
+        setattr(owner, die_in, dying)
+
+    def announced(*args: Any, **options: Any) -> compact.Compaction:
+        print(f"flushed {rec.flushed}\ncompacting 0\n", end="", flush=True)
+        return compact.compact(*args, **options)
+
+    sink.compact = announced
     inputs, targets = dataset()
     model, optimizer, loss_fn = network(0)
     with nbdyn.record(path, model, optimizer, loss_fn, weights=weights, snapshot_every=EVERY) as rec:
         acknowledged = 0
-        for step in range(STEPS):
+        for step in range(steps):
             if rec.flushed > acknowledged:
                 acknowledged = rec.flushed
-                print("flushed", acknowledged, flush=True)
+                print(f"flushed {acknowledged}\n", end="", flush=True)
             time.sleep(0.001)
             ids = ids_of(step)
             rec.batch(ids)
@@ -86,7 +111,7 @@ def child(path: str, weights: str, die_in: str) -> None:
             loss.backward()
             optimizer.step()
             rec.log(twice=2 * loss.detach())
-    print("flushed", rec.flushed, flush=True)
+    print(f"flushed {rec.flushed}\n", end="", flush=True)
 
 
 def serve() -> None:
@@ -96,7 +121,7 @@ def serve() -> None:
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
-            child(*json.loads(line))
+            child(**json.loads(line))
             os._exit(0)
         print("started", pid, flush=True)
         print("ended", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
@@ -115,10 +140,13 @@ class Trainer:
         )
         self.pid = self.status = 0
 
-    def train(self, path: Path, weights: str, die_in: str = "") -> Iterator[int]:
-        """Start a training; how many steps it says are on disk, as it says it, until its end."""
+    def train(
+        self, path: Path, weights: str, die_in: str = "", steps: int = STEPS, journal_bytes: int = 0
+    ) -> Iterator[int]:
+        """Start a training; how many steps it says are on disk, as it says it, until its end; COMPACTING, too."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps([str(path), weights, die_in]) + "\n")
+        what = {"path": str(path), "weights": weights, "die_in": die_in, "steps": steps, "journal_bytes": journal_bytes}
+        self.process.stdin.write(json.dumps(what) + "\n")
         self.process.stdin.flush()
         for line in self.process.stdout:
             word, _, value = line.partition(" ")
@@ -127,15 +155,23 @@ class Trainer:
                 yield 0
             elif word == "flushed":
                 yield int(value)
+            elif word == "compacting":
+                yield COMPACTING
             elif word == "ended":
                 self.status = int(value)
                 return
         raise AssertionError("the training process ended early")
 
-    def train_and_kill(self, path: Path, weights: str, step: int, seconds: float) -> int:
-        """Kill the training some time after it acknowledged `step` (negative: at once); the last acknowledgement."""
-        said = self.train(path, weights)
-        acknowledged = next(count for count in said if count >= step)
+    def train_and_kill(self, path: Path, weights: str, step: int, seconds: float, **more: int) -> int:
+        """Kill the training some time after it acknowledged `step` (negative: at once; COMPACTING: when it begins to).
+
+        Returns what it acknowledged.
+        """
+        said, acknowledged = self.train(path, weights, **more), 0
+        for count in said:
+            acknowledged = max(acknowledged, count)
+            if count == step or count >= step > COMPACTING:
+                break
         time.sleep(seconds)
         with contextlib.suppress(ProcessLookupError):  # it has come to its end
             os.kill(self.pid, signal.SIGKILL)
@@ -157,7 +193,7 @@ class Reference:
         torch.set_num_threads(1)
         inputs, targets = dataset()
         model, optimizer, loss_fn = network(0)
-        rows, losses, each = [], [], []
+        rows, losses, each, gradients = [], [], [], []
         for step in range(STEPS):
             rows.append(flat(model))
             ids = ids_of(step)
@@ -167,9 +203,10 @@ class Reference:
             losses.append(loss.item())
             optimizer.zero_grad()
             loss.backward()
+            gradients.append(gradient(model))
             optimizer.step()
         self.weights = np.stack([*rows, flat(model)])
-        self.losses, self.sample_losses = np.array(losses), np.stack(each)
+        self.losses, self.sample_losses, self.gradients = np.array(losses), np.stack(each), np.stack(gradients)
         torch.set_num_threads(threads)
 
     def check(self, path: Path) -> int:
@@ -185,7 +222,28 @@ class Reference:
         np.testing.assert_array_equal(steps["twice"] if count else [], 2 * self.losses[:count])
         np.testing.assert_array_equal(visits["sample"], np.concatenate([*map(ids_of, range(count)), []]))
         np.testing.assert_array_equal(visits["loss"], self.sample_losses[:count].reshape(-1))
+        if count:
+            self.check_samples(run)
         return count
+
+    def check_samples(self, run: Any) -> None:
+        """The factors of every committed step are there: what they add up to is p.grad, bit for bit."""
+        count, factors = len(run), run.store.factors
+        assert [(site.name, site.form) for site in factors.sites] == [("3", "linear"), ("0", "linear")]
+        assert factors.batch_only == {}
+        np.testing.assert_array_equal(run.gradients.steps, np.arange(count))
+        totals = run.gradients[:].total()
+        assert totals.dtype == np.float32 and totals.tobytes() == self.gradients[:count].tobytes()
+        for step in {0, count // 2, count - 1}:
+            rebuilt = run.gradients.rebuild(step)
+            assert list(rebuilt) == ["0.weight", "0.bias", "3.weight", "3.bias"]
+            flat = np.concatenate([values.reshape(-1) for values in rebuilt.values()])
+            assert flat.tobytes() == self.gradients[step].tobytes()
+        step = count // 2
+        cells = run.gradients[step].dense()
+        assert cells.visits["sample"].tolist() == ids_of(step).tolist()
+        largest = np.abs(self.gradients[step]).max()
+        np.testing.assert_allclose(cells.values.sum(0), self.gradients[step], rtol=0, atol=1e-5 * largest)
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +259,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def resume(path: Path, weights: str, seed: int) -> None:
+def resume(path: Path, weights: str, seed: int, steps: int = STEPS) -> None:
     """Go on in this process, with a model of another seed, to the end."""
     import nbdyn
 
@@ -210,7 +268,7 @@ def resume(path: Path, weights: str, seed: int) -> None:
     with nbdyn.record(
         path, model, optimizer, loss_fn, data=(inputs, targets), weights=weights, snapshot_every=EVERY, mode="resume"
     ) as rec:
-        for step in range(rec.step, STEPS):
+        for step in range(rec.step, steps):
             ids = ids_of(step)
             rec.batch(ids)
             loss = loss_fn(model(inputs[ids]), targets[ids])
@@ -222,6 +280,8 @@ def resume(path: Path, weights: str, seed: int) -> None:
 
 def leftovers(path: Path, timestamp: int) -> list[str]:
     """Fragments without a commit, and fragments or metadata of segments after the last committed one."""
+    from nbdyn.store import journal
+
     found = []
     for array in ("weights", "state", "scalars", "visits", "steps"):
         commits = {entry.stem for entry in (path / array / "__commits").iterdir()}
@@ -230,35 +290,60 @@ def leftovers(path: Path, timestamp: int) -> list[str]:
                 uncommitted = folder == "__fragments" and entry.name not in commits
                 if uncommitted or int(entry.name.split("_")[2]) > timestamp:
                     found.append(f"{array}/{folder}/{entry.name}")
+    found += [f"journal/{number}" for number in journal.numbers(str(path)) if number > timestamp]
     return found
 
 
-def recover(path: Path, weights: str, acknowledged: int, reference: Reference) -> int:
-    """All that must hold after a kill. Returns how many fragments gc removed."""
+def compacted(path: Path, reference: Reference) -> None:
+    """What `python -m nbdyn compact` leaves: the same answers, and of the journal at most what was never committed."""
+    from nbdyn.__main__ import main
+    from nbdyn.store import Store, journal, verify
+
+    before = reference.check(path)
+    assert main(["compact", str(path)]) == 0
+    assert all(number > Store(path).timestamp for number in journal.numbers(str(path)))
+    assert reference.check(path) == before
+    assert len(verify.verify(str(path))) == 0
+    verify.gc(str(path))
+    assert list(journal.numbers(str(path))) == [] and len(verify.gc(str(path))) == 0
+    assert reference.check(path) == before
+
+
+def recover(
+    path: Path, weights: str, acknowledged: int, reference: Reference, steps: int = STEPS, compact: bool = False
+) -> list[str]:
+    """All that must hold after a kill, from looking at the run to going on with it, or with a compacted copy of it.
+
+    Returns the arrays that gc removed something from.
+    """
     import nbdyn
     from nbdyn.store import verify
 
     run = nbdyn.open(path)
-    assert run.status == "killed"
     assert len(run) >= acknowledged
     before = reference.check(path)
     assert len(verify.verify(str(path))) == 0
+    copy = path.parent / "copy"
+    shutil.copytree(path, copy)
     removed = verify.gc(str(path))
     assert leftovers(path, run.store.timestamp) == []
     assert len(verify.gc(str(path))) == 0
     assert len(verify.verify(str(path))) == 0
     assert reference.check(path) == before
-    resume(path, weights, seed=99 if before else 0)  # without a step there is nothing to restore
-    assert reference.check(path) == STEPS
+    compacted(copy, reference)  # it still has what gc removed
+    path = copy if compact else path
+    resume(path, weights, seed=99 if before else 0, steps=steps)  # without a step there is nothing to restore
+    assert reference.check(path) == steps
     assert nbdyn.open(path).status == "complete"
     assert len(verify.verify(str(path))) == 0
     assert leftovers(path, nbdyn.open(path).store.timestamp) == []
-    return len(removed)
+    return removed["array"].tolist()
 
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("number", range(KILLS))
 def test_killed_at_any_moment(number: int, tmp_path: Path, reference: Reference, trainer: Trainer) -> None:
+    """While training, or while it compacts its journal meanwhile."""
     from nbdyn.errors import NbdynError
     from nbdyn.store import Store
 
@@ -266,7 +351,7 @@ def test_killed_at_any_moment(number: int, tmp_path: Path, reference: Reference,
     weights = "snapshots" if number % 4 == 3 else "every"
     path = tmp_path / "run"
     moment = chance.randrange(-STEPS // 5, 3 * STEPS // 5), chance.uniform(0, 0.1)
-    acknowledged = trainer.train_and_kill(path, weights, *moment)
+    acknowledged = trainer.train_and_kill(path, weights, *moment, journal_bytes=60_000 * (number % 3))
     try:
         status = Store(path).status
     except NbdynError:  # killed before the run existed: nothing was promised
@@ -275,23 +360,46 @@ def test_killed_at_any_moment(number: int, tmp_path: Path, reference: Reference,
     if status == "complete":  # this computer was faster than the kill
         assert reference.check(path) == STEPS
         return
-    recover(path, weights, acknowledged, reference)
+    assert status == "killed"
+    recover(path, weights, acknowledged, reference, compact=number % 2 == 1)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("number", range((KILLS + 1) // 2))
+def test_killed_while_it_compacts(number: int, tmp_path: Path, reference: Reference, trainer: Trainer) -> None:
+    """At close, where the run is complete already; or while training goes on."""
+    from nbdyn.store import Store
+
+    chance = random.Random(2000 + number)
+    at_close = number % 2 == 0
+    path = tmp_path / "run"
+    limit = 0 if at_close else 30_000
+    moment = COMPACTING, chance.uniform(0, 0.4)
+    acknowledged = trainer.train_and_kill(path, "snapshots", *moment, steps=SHORT, journal_bytes=limit)
+    assert acknowledged == SHORT or not at_close
+    assert Store(path).status in (("complete",) if at_close else ("killed", "complete"))
+    recover(path, "snapshots", acknowledged, reference, SHORT + 30, compact=number % 4 > 1)
 
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
-    ("method", "weights", "orphans"), [("_write_steps", "every", True), ("finish_metadata", "snapshots", False)]
+    ("method", "weights", "orphans"),
+    [
+        ("_write_steps", "every", {"journal", "scalars", "visits", "weights"}),
+        ("finish_metadata", "snapshots", set()),
+        ("finish", "snapshots", {"journal"}),
+    ],
 )
 def test_killed_inside_a_commit(
-    method: str, weights: str, orphans: bool, tmp_path: Path, reference: Reference, trainer: Trainer
+    method: str, weights: str, orphans: set[str], tmp_path: Path, reference: Reference, trainer: Trainer
 ) -> None:
-    """All arrays of a segment are written but `steps`; or all is written, but the run is not marked."""
+    """All of a segment is written but `steps`; or all is written, but the run is not marked; or the journal is torn."""
     path = tmp_path / "run"
-    acknowledged = max(trainer.train(path, weights, method))
+    acknowledged = max(trainer.train(path, weights, method, STEPS if weights == "every" else SHORT))
     assert trainer.status == -signal.SIGKILL
     assert acknowledged > 0
-    removed = recover(path, weights, acknowledged, reference)
-    assert (removed > 0) == orphans
+    removed = recover(path, weights, acknowledged, reference, compact=method == "finish")
+    assert orphans == set(removed) - {"state"}
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 
 import nbdyn
 from nbdyn.errors import CorruptRun, Incompatible
-from nbdyn.store import Store, backend, calls, fetch, streams, verify
+from nbdyn.store import Store, backend, calls, fetch, layout, streams, verify
 from nbdyn.store import factors as factors_module
 from nbdyn.store.compact import compact
 from nbdyn.store.factors import Block
@@ -495,6 +495,15 @@ def test_damaged_sites(copy: Path) -> None:
 @pytest.mark.parametrize("what", ["factors/0", "factors/3", "rows/0", "calls", "factors", "rows"])
 def test_missing_arrays(what: str, copy: Path) -> None:
     shutil.rmtree(copy / what)
+    damaged(copy)
+
+
+@pytest.mark.parametrize(("array", "columns", "itemsize"), [("factors/1", 5, 4), ("factors/1", 4, 2), ("rows/0", 9, 4)])
+def test_arrays_of_another_schema(array: str, columns: int, itemsize: int, copy: Path) -> None:
+    shutil.rmtree(copy / array)
+    uri = str(copy / array)
+    schema = layout.bits_schema(backend.context(uri), columns, itemsize, "whole")
+    backend.tiledb().Array.create(uri, schema, ctx=backend.context(uri))
     damaged(copy)
 
 

@@ -110,7 +110,9 @@ def test_every_type_and_layout_bit_for_bit(dtype: str, place: Place) -> None:
 
 def test_what_is_said_of_calls_and_sites(place: Place) -> None:
     given = [
-        call({"a": bits((2, 1, 3), "f4"), "d": bits((2, 1, 2), "f4")}, batch=1, position=8, factor=1 / 65536, data=True),
+        call(
+            {"a": bits((2, 1, 3), "f4"), "d": bits((2, 1, 2), "f4")}, batch=1, position=8, factor=1 / 65536, data=True
+        ),
         entry(0, {"g": bits((1, 7), "bf2"), "p": np.zeros(1, np.int32)}, call=2, factor=0.1),
         entry(3, {"ids": bits((0, 4), "i4"), "d": bits((0, 4, 5), "f8")}),
     ]
@@ -282,7 +284,14 @@ def test_numbers_and_segments(place: Place) -> None:
     for number in (3, 1, 12, 123_456_789):
         place.write([], segment=number)
     folder = place.file.parent
-    names = ("5.journal", "00000005", "00000005.journal.part", "0000000５.journal", "²²²²²²²².journal", "-0000005.journal")
+    names = (
+        "5.journal",
+        "00000005",
+        "00000005.journal.part",
+        "0000000５.journal",
+        "²²²²²²²².journal",
+        "-0000005.journal",
+    )
     for name in (*names, "000000005.journal", "00000005.Journal", ".journal", "x.journal", "picture.png"):
         (folder / name).write_bytes(b"")
     (folder / "00000006.journal.d").mkdir()

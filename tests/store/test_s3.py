@@ -16,8 +16,10 @@ from torch import nn
 
 import nbdyn
 from nbdyn.errors import NbdynError, RunBusy
-from nbdyn.store import backend, lock, metadata, verify
+from nbdyn.store import backend, journal, lock, metadata, packer, verify
+from nbdyn.store.compact import compact
 from tests import problems
+from tests.store.test_compact import Killed, cells_of, record, table
 
 SERVER = """
 import sys
@@ -109,3 +111,25 @@ def test_a_bucket_that_is_not_there(bucket: str) -> None:
         nbdyn.record("s3://missing/fc", model, torch.optim.SGD(model.parameters(), 0.1))
     with pytest.raises(NbdynError, match=r"cannot reach s3://missing/fc: .*NoSuchBucket"):
         nbdyn.open("s3://missing/fc")
+
+
+def test_captures_are_compacted_at_an_s3_uri(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rec = record(f"{bucket}/runs/captures", segments=2)
+    before = table(rec.uri)
+    assert len(before) == 2 * 2 * (6 + 3)
+
+    def die(*arguments: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packer.Packer, "_write_calls", die)
+        with pytest.raises(Killed):
+            compact(rec.uri)
+    assert table(rec.uri) == before
+    compact(rec.uri, upto=1, cells=cells_of)
+    assert table(rec.uri) == before
+    compact(rec.uri, cells=cells_of)
+    assert table(rec.uri) == before and not list(journal.numbers(rec.uri))
+    assert len(verify.gc(rec.uri)) == len(verify.verify(rec.uri)) == 0
+    verify.delete(rec.uri)
+    assert backend.object_type(rec.uri) is None

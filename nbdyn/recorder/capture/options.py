@@ -50,9 +50,7 @@ def capture_options(layers: Any, every: Any, fraction: Any, project: Any, cells:
     if layers is not None and not (isinstance(layers, Sequence) and layers and all(isinstance(n, str) for n in layers)):
         raise NbdynError(f'layers={layers!r}: give names or patterns, such as "fc1" or ["conv*", "fc.weight"].')
     if not _whole(every):
-        raise NbdynError(
-            f"every={every!r}: steps between captures; give a whole number from 1."
-        )
+        raise NbdynError(f"every={every!r}: steps between captures; give a whole number from 1.")
     if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
         raise NbdynError(f"fraction={fraction!r}: the share of the samples to capture; a number above 0, at most 1.")
     if project is not None and not _whole(project):

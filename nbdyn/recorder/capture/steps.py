@@ -150,7 +150,7 @@ class StepCapture:
             if grad is not None:
                 largest[t["layer"]] = max(largest.get(t["layer"], 0.0), float(grad.detach().abs().max()))
         half = any(code in ("f2", "bf2") for e in entries for code in e.dtypes.values())
-        for t, p, grad in zip(self._tensors, self._parameters, raw, strict=True):
+        for place, (t, p, grad) in enumerate(zip(self._tensors, self._parameters, raw, strict=True)):
             if t["name"] in self.batch_only or not p.requires_grad or p._backward_hooks:
                 continue  # a hook on the parameter changes its gradient: contributions are what it was before
             total = totals.get(t["name"])
@@ -159,7 +159,7 @@ class StepCapture:
             dense = (grad.to_dense() if grad.is_sparse else grad).detach().double().cpu().reshape(-1).numpy()
             total = np.zeros_like(dense) if total is None else total
             residual = _relative(total, dense)
-            record.residuals[t["name"]] = residual
+            record.residuals[self._places[place]] = residual
             # Gradients that are zero by a symmetry (a bias before a normalization) are rounding and nothing else:
             # beside those of the layer's other tensors they are nothing.
             negligible = np.abs(total - dense).max() <= 1e-2 * TOLERANCE * largest[t["layer"]]
