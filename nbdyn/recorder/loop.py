@@ -204,12 +204,14 @@ class Loop:
             self._accumulating.append([])
         self._accumulating[-1].append(self._batch)
         if self._capture is not None:
-            self._batch.scale = self._capture.loss_scale()
+            self._batch.scales = self._capture.loss_scales()
 
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """weights[t] and the gradient as the optimizer sees it."""
         self.seal()
+        if self._capture is not None:
+            self._capture.confirm(optimizer)
         self._emit_skipped()
         record = self._prepared = StepRecord(self.step, [])
         record.lrs = self._learning_rates()

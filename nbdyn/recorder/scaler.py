@@ -3,32 +3,43 @@
 from __future__ import annotations
 
 import gc
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
 
 class LossScale:
-    """Finds the GradScaler that a loop uses and reads its scale.
+    """Finds the GradScaler that a loop uses, and what it multiplied the loss of a batch with.
 
-    A scaler leaves no trace on the optimizer before its first step, and its first steps are the ones that it skips;
-    so the live objects are looked through, once, when half precision is seen.
+    A scaler leaves no trace on the optimizer, and its first steps are often the ones that it skips. So the scales of
+    all live scalers are noted at each backward pass, once half precision has been seen; which of them was at work is
+    known at the next step that is taken: inside `scaler.step(optimizer)` the scaler knows the optimizer.
     """
 
     def __init__(self) -> None:
-        self._scaler: GradScaler | None = None
-        self._looked = False
+        self._live: list[GradScaler] | None = None
+        self._used: GradScaler | None = None
 
-    def now(self, half: bool) -> Tensor | float:
-        """The number that the loss is multiplied with right now: a copy of the scaler's tensor, not read; or 1.
+    def now(self, half: bool) -> dict[int, Tensor]:
+        """The scale of each live scaler, by its id: copies, not read. Empty before half precision is seen.
 
         Args:
             half: whether half precision has been seen, without which nobody scales.
         """
-        if half and not self._looked:
-            self._looked = True
-            found = [o for o in gc.get_objects() if isinstance(type(o), type) and issubclass(type(o), GradScaler)]
-            enabled = [scaler for scaler in found if scaler.is_enabled()]
-            self._scaler = enabled[-1] if enabled else None
-        scale: Tensor | None = None if self._scaler is None else self._scaler._scale
-        return 1.0 if scale is None else scale.detach().clone()
+        if not half:
+            return {}
+        if self._live is None:
+            self._live = [o for o in gc.get_objects() if issubclass(type(o), GradScaler) and o.is_enabled()]
+        scales: list[tuple[GradScaler, Any]] = [(scaler, scaler._scale) for scaler in self._live]
+        return {id(scaler): scale.detach().clone() for scaler, scale in scales if scale is not None}
+
+    def confirm(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer is about to step: the scaler that knows it, having unscaled its gradients, is used."""
+        used = [scaler for scaler in self._live or () if id(optimizer) in scaler._per_optimizer_states]
+        self._used = used[0] if used else None
+
+    def of(self, scales: dict[int, Tensor]) -> Tensor | float:
+        """The number that a loss was multiplied with, of those noted at its backward pass; 1 without a scaler."""
+        return scales.get(id(self._used), 1.0)

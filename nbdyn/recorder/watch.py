@@ -37,7 +37,7 @@ class Batch:
         logs: what the user logged for it.
         captured: what per-sample capture kept of it so far; None where it is not captured, or not any more.
         rows: which of its samples are captured; None for all.
-        scale: the number that a GradScaler multiplied its loss with.
+        scales: the scale of each live GradScaler at its backward pass, by the scaler's id.
     """
 
     ids: Any
@@ -55,7 +55,7 @@ class Batch:
     logs: dict[str, Any] = field(default_factory=dict)
     captured: list[Any] | None = None
     rows: torch.Tensor | None = None
-    scale: torch.Tensor | float = 1.0
+    scales: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 class _Listener:

@@ -16,6 +16,7 @@ from nbdyn.store.gradient_reader import Asked, Piece, Reader
 from nbdyn.store.names import locate
 from nbdyn.store.projection import is_projected, relative_error
 from nbdyn.store.provenance import with_provenance
+from nbdyn.store.sites import Site
 from nbdyn.store.written_cells import Coo, WrittenCells
 
 if TYPE_CHECKING:

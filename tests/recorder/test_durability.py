@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +116,11 @@ def child(path: str, weights: str, die_in: str, steps: int, journal_bytes: int) 
 
 def serve() -> None:
     """Train in a child for every line; tell when it has ended, and how."""
-    import nbdyn.recorder.recorder  # noqa: F401  (before the fork, but no TileDB: its threads would not survive)
+    import nbdyn.query.execute
+    import nbdyn.recorder.recorder
+    import nbdyn.run  # noqa: F401  (before the fork: seconds)
 
+    assert "tiledb" not in sys.modules  # its threads would not survive a fork
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
@@ -294,23 +297,23 @@ def leftovers(path: Path, timestamp: int) -> list[str]:
     return found
 
 
-def compacted(path: Path, reference: Reference) -> None:
+def compact(path: Path, check: Callable[[Path], int]) -> None:
     """What `python -m nbdyn compact` leaves: the same answers, and of the journal at most what was never committed."""
     from nbdyn.__main__ import main
     from nbdyn.store import Store, journal, verify
 
-    before = reference.check(path)
+    before = check(path)
     assert main(["compact", str(path)]) == 0
     assert all(number > Store(path).timestamp for number in journal.numbers(str(path)))
-    assert reference.check(path) == before
+    assert check(path) == before
     assert len(verify.verify(str(path))) == 0
     verify.gc(str(path))
     assert list(journal.numbers(str(path))) == [] and len(verify.gc(str(path))) == 0
-    assert reference.check(path) == before
+    assert check(path) == before
 
 
 def recover(
-    path: Path, weights: str, acknowledged: int, reference: Reference, steps: int = STEPS, compact: bool = False
+    path: Path, weights: str, acknowledged: int, reference: Reference, steps: int = STEPS, go_on_with_copy: bool = False
 ) -> list[str]:
     """All that must hold after a kill, from looking at the run to going on with it, or with a compacted copy of it.
 
@@ -330,8 +333,8 @@ def recover(
     assert len(verify.gc(str(path))) == 0
     assert len(verify.verify(str(path))) == 0
     assert reference.check(path) == before
-    compacted(copy, reference)  # it still has what gc removed
-    path = copy if compact else path
+    compact(copy, reference.check)  # it still has what gc removed
+    path = copy if go_on_with_copy else path
     resume(path, weights, seed=99 if before else 0, steps=steps)  # without a step there is nothing to restore
     assert reference.check(path) == steps
     assert nbdyn.open(path).status == "complete"
@@ -361,7 +364,7 @@ def test_killed_at_any_moment(number: int, tmp_path: Path, reference: Reference,
         assert reference.check(path) == STEPS
         return
     assert status == "killed"
-    recover(path, weights, acknowledged, reference, compact=number % 2 == 1)
+    recover(path, weights, acknowledged, reference, go_on_with_copy=number % 2 == 1)
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -378,7 +381,7 @@ def test_killed_while_it_compacts(number: int, tmp_path: Path, reference: Refere
     acknowledged = trainer.train_and_kill(path, "snapshots", *moment, steps=SHORT, journal_bytes=limit)
     assert acknowledged == SHORT or not at_close
     assert Store(path).status in (("complete",) if at_close else ("killed", "complete"))
-    recover(path, "snapshots", acknowledged, reference, SHORT + 30, compact=number % 4 > 1)
+    recover(path, "snapshots", acknowledged, reference, SHORT + 30, go_on_with_copy=number % 4 > 1)
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -398,7 +401,7 @@ def test_killed_inside_a_commit(
     acknowledged = max(trainer.train(path, weights, method, STEPS if weights == "every" else SHORT))
     assert trainer.status == -signal.SIGKILL
     assert acknowledged > 0
-    removed = recover(path, weights, acknowledged, reference, compact=method == "finish")
+    removed = recover(path, weights, acknowledged, reference, go_on_with_copy=method == "finish")
     assert orphans == set(removed) - {"state"}
 
 
@@ -418,10 +421,84 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(place)], check=True)
 
 
-def wide_network() -> tuple[nn.Module, torch.optim.Optimizer, nn.Module]:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(FEATURES, 600), nn.ReLU(), nn.Linear(600, CLASSES))
-    return model, torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), nn.CrossEntropyLoss()
+class Wide:
+    """A training whose steps leave 40 KB of factors each, recorded to a path.
+
+    Attributes:
+        rows, gradients: weights before each step, and p.grad, as the loop saw them.
+        taken: how many steps were finished.
+    """
+
+    def __init__(self, path: Path, **options: Any) -> None:
+        import nbdyn
+
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(FEATURES, 600), nn.ReLU(), nn.Linear(600, CLASSES))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.1, momentum=0.9)
+        self.loss_fn = nn.CrossEntropyLoss()
+        dataset_ = torch.utils.data.TensorDataset(*dataset())
+        self.loader = torch.utils.data.DataLoader(dataset_, batch_size=BATCH)
+        self.path, self.taken = path, 0
+        self.rows: list[np.ndarray] = []
+        self.gradients: list[np.ndarray] = []
+        self.rec = nbdyn.record(path, self.model, self.optimizer, self.loss_fn, **options)
+
+    def train(self, epochs: int) -> None:
+        for _ in range(epochs):
+            for x, y in self.rec.watch(self.loader):
+                self.rows.append(flat(self.model))
+                loss = self.loss_fn(self.model(x), y)
+                self.optimizer.zero_grad()
+                loss.backward()
+                self.gradients.append(gradient(self.model))
+                self.optimizer.step()
+                self.rec.log(twice=2 * loss.detach())
+                self.taken += 1
+
+    def check(self, path: Path) -> int:
+        """The run at this path holds what the loop saw: weights, and of every step the factors; how many steps."""
+        import nbdyn
+        from nbdyn.store import verify
+
+        run = nbdyn.open(path)
+        count = len(run)
+        np.testing.assert_array_equal(run.weights["all"], np.stack([*self.rows, flat(self.model)])[run.weights.steps])
+        assert len(run.visits) == count * BATCH
+        np.testing.assert_array_equal(run.gradients.steps, np.arange(count))
+        assert run.gradients[:].total().tobytes() == np.stack(self.gradients[:count]).tobytes()
+        assert len(verify.verify(str(path))) == 0
+        return count
+
+    def stop(self) -> None:
+        """Train until the disk is full. What was acknowledged is there, and training can go on unrecorded."""
+        import nbdyn
+        from nbdyn.errors import RecordingStopped
+        from nbdyn.store import lock
+
+        with pytest.raises(RecordingStopped, match="No space left on device") as error:
+            self.train(2000)
+        assert "acknowledged" in str(error.value) and "unrecorded" in str(error.value)
+        self.error = error.value.__cause__
+        rec = self.rec
+        assert rec.state == "stopped" and writers() == [] and not lock.is_held(str(self.path))
+        acknowledged, count = rec.flushed, self.taken
+        assert 0 < acknowledged <= count
+        self.train(1)  # goes on unrecorded
+        assert self.taken == count + len(self.loader)
+        rec.close()
+        assert rec.flushed == acknowledged
+        run = nbdyn.open(self.path)
+        assert run.status == "stopped"
+        assert self.check(self.path) == acknowledged
+        assert leftovers(self.path, run.store.timestamp) == []
+        assert list(nbdyn.runs(self.path.parent)["status"]) == ["stopped"]
+
+
+def fill(disk: Path, room: int) -> None:
+    """Leave so many bytes on a disk."""
+    free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+    with open(disk / "other", "ab", buffering=0) as file:
+        os.posix_fallocate(file.fileno(), file.tell(), free - room)
 
 
 def writers() -> list[str]:
@@ -429,49 +506,76 @@ def writers() -> list[str]:
 
 
 @pytest.mark.parametrize("weights", ["every", "snapshots"])
-def test_disk_full(weights: str, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_full(
+    weights: str, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     import nbdyn
-    from nbdyn.errors import RecordingStopped
-    from nbdyn.store import lock, verify
+    from nbdyn.__main__ import main
 
     monkeypatch.setattr(nbdyn.options, "memory", "500 KB")  # small segments
-    inputs, targets = dataset()
-    model, optimizer, loss_fn = wide_network()
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(inputs, targets), batch_size=BATCH)
-    path, rows, taken = small_disk / "run", [], []
-    rec = nbdyn.record(path, model, optimizer, loss_fn, weights=weights, snapshot_every=2)
+    training = Wide(small_disk / "run", weights=weights, snapshot_every=2)
+    training.stop()
+    fill(small_disk, 0)
+    assert main(["compact", str(training.path)]) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    training.check(training.path)
+    shutil.copytree(training.path, tmp_path / "run")
+    compact(tmp_path / "run", training.check)
 
-    def train(epochs: int) -> None:
-        """The loop of the user, the same before and after."""
-        for _ in range(epochs):
-            for x, y in rec.watch(loader):
-                rows.append(flat(model))
-                loss = loss_fn(model(x), y)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                rec.log(twice=2 * loss.detach())
-                taken.append(1)
 
-    with pytest.raises(RecordingStopped, match="No space left on device") as error:
-        train(2000)
-    assert "acknowledged" in str(error.value) and "unrecorded" in str(error.value)
-    assert rec.state == "stopped" and writers() == [] and not lock.is_held(str(path))
-    acknowledged, count = rec.flushed, len(taken)
-    assert 0 < acknowledged <= count
+@pytest.mark.parametrize("method", ["append", "finish"])
+def test_disk_full_while_the_journal_is_written(method: str, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tensors of a step fit in part; or all of them, but not the index."""
+    import nbdyn
+    from nbdyn.store import journal
 
-    train(1)  # goes on unrecorded
-    assert len(taken) == count + len(loader)
-    rec.close()
-    assert rec.flushed == acknowledged
+    monkeypatch.setattr(nbdyn.options, "memory", "500 KB")
+    original, calls = getattr(journal.JournalWriter, method), []
 
-    run = nbdyn.open(path)
-    assert run.status == "stopped" and len(run) == acknowledged
-    np.testing.assert_array_equal(run.weights["all"], np.stack(rows)[run.weights.steps])
-    assert len(run.visits) == acknowledged * BATCH
-    assert len(verify.verify(str(path))) == 0
-    assert leftovers(path, run.store.timestamp) == []
-    assert list(nbdyn.runs(small_disk)["status"]) == ["stopped"]
+    def on_a_full_disk(writer: journal.JournalWriter, *arguments: Any) -> None:
+        calls.append(1)
+        if len(calls) == 5:
+            fill(small_disk, 20_000 if method == "append" else 0)
+        original(writer, *arguments)
+
+    monkeypatch.setattr(journal.JournalWriter, method, on_a_full_disk)
+    training = Wide(small_disk / "run", snapshot_every=1000)
+    training.stop()
+    assert isinstance(training.error, OSError) and training.error.errno == errno.ENOSPC
+    (small_disk / "other").unlink()
+    compact(training.path, training.check)
+
+
+@pytest.mark.parametrize("room", [10_000, 300_000, 1_000_000])
+def test_disk_full_while_it_compacts(
+    room: int, small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At close. The run is complete; what it says is what helps once there is room."""
+    import nbdyn
+    from nbdyn.__main__ import main
+    from nbdyn.recorder import sink
+
+    original = sink.compact
+
+    def on_a_full_disk(*arguments: Any, **options: Any) -> Any:
+        fill(small_disk, room)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(sink, "compact", on_a_full_disk)
+    training = Wide(small_disk / "run", snapshot_every=1000)
+    training.train(10)
+    training.rec.close()
+    said = capsys.readouterr().out
+    assert "No space left on device" in said and "compaction did not finish (cannot compact " in said
+    assert f"nothing is lost, `python -m nbdyn compact {training.path}` takes it up" in said
+    assert f"complete: {training.path} holds 80 steps" in said
+    assert training.rec.state == nbdyn.open(training.path).status == "complete"
+    assert training.check(training.path) == 80
+    assert main(["compact", str(training.path)]) == 1  # still full
+    assert "still whole in its journal" in capsys.readouterr().err
+    assert training.check(training.path) == 80
+    (small_disk / "other").unlink()
+    compact(training.path, training.check)
 
 
 def test_disk_full_of_other_things(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:

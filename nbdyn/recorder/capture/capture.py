@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from nbdyn.errors import NbdynError
 from nbdyn.recorder.arena import Arena, was_changed
 from nbdyn.recorder.capture.calls import CannotSplit, Handler, ModuleCall, Stored
-from nbdyn.recorder.capture.handlers import handler_of, sequence_first, uses_of
+from nbdyn.recorder.capture.handlers import handler_of, holds_parameters, sequence_first
+from nbdyn.recorder.capture.mode import abandon
 from nbdyn.recorder.capture.options import CaptureOptions, chosen_samples
+from nbdyn.recorder.capture.uses import Uses
 from nbdyn.recorder.watch import Batch
 from nbdyn.store import projection
 from nbdyn.store.factors import Block
@@ -92,22 +94,35 @@ class Capture:
         self._whole = True
         self.half = False  # whether half precision has been seen
         self._handles: list[Any] = []
+        self._install(model)
+
+    def _install(self, model: nn.Module) -> None:
+        bare = {}
         for name, module in model.named_modules():
-            if any(p is not None and id(p) in self._firsts for p in module._parameters.values()):
-                self._hook(name, module)
+            if not holds_parameters(module, self._firsts):
+                continue
+            handler = handler_of(name, module, self._firsts)
+            if handler is None:
+                bare[name] = module
+            else:
+                self._hook(module, handler)
+        self._has_bare = bool(bare)
+        if any(not isinstance(module, nn.MultiheadAttention) for module in bare.values()):
+            bare.setdefault("", model)  # watches what becomes of tensors that its children made of their parameters
+        for name, module in bare.items():
+            self._watch_functions(name, module)
 
-    def _hook(self, name: str, module: nn.Module) -> None:
-        handler = handler_of(name, module, self._firsts)
-        if handler is not None:
-            if getattr(module, "dropout", 0.0) and isinstance(module, nn.RNNBase):
-                self._handles.append(module.register_forward_pre_hook(self._remember_generator))
+    def _hook(self, module: nn.Module, handler: Handler) -> None:
+        if getattr(module, "dropout", 0.0) and isinstance(module, nn.RNNBase):
+            self._handles.append(module.register_forward_pre_hook(self._remember_generator))
 
-            def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-                self._after_forward(handler, module, args, kwargs, output)
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            self._after_forward(handler, module, args, kwargs, output)
 
-            self._handles.append(module.register_forward_hook(after, with_kwargs=True))
-            return
-        uses = uses_of(name, module, self._firsts, self._emit_use, self._cannot)
+        self._handles.append(module.register_forward_hook(after, with_kwargs=True))
+
+    def _watch_functions(self, name: str, module: nn.Module) -> None:
+        uses = Uses(name, module, self._firsts, self._emit_use, self._cannot, self._sequence_first)
 
         def enter(module: nn.Module, args: Any) -> None:
             if self._batch is not None and torch.is_grad_enabled():
@@ -130,6 +145,8 @@ class Capture:
     def begin(self, batch: Batch | None, whole: bool = False) -> None:
         """The batch that forward passes are about from now on; None: they are not captured. `whole`: all samples."""
         self._batch = batch
+        if self._has_bare:
+            abandon()  # an interrupt in a forward pass leaves its watch on: torch then runs no hooks
         if batch is None:
             return
         batch.captured, self._whole = [], whole
@@ -275,16 +292,17 @@ class Capture:
     def _is_held(self, c: Captured) -> bool:
         return c.task is None or c.task in self._accumulated.get(c.parameter, ())
 
-    def collect(self, step: int, batches: list[Batch]) -> list[Entry]:
+    def collect(self, step: int, batches: list[Batch], scales: list[Tensor | float]) -> list[Entry]:
         """The calls of a step's batches that p.grad holds; their tensors are still torch's, on their way from a GPU.
 
         Args:
             step: number of the step.
             batches: its batches, in order.
+            scales: the number that a GradScaler multiplied the loss of each with.
         """
         self.settle(batches)
         entries, position = [], 0
-        for number, batch in enumerate(batches):
+        for number, (batch, scale) in enumerate(zip(batches, scales, strict=True)):
             calls: dict[int, int] = {}
             for c in batch.captured or ():
                 call = calls[c.site] = calls.get(c.site, -1) + 1
@@ -295,7 +313,7 @@ class Capture:
                     dtypes["p"] = "i4"
                 # Scale and tensors become numbers on the writer's thread: see `to_numpy`.
                 entry = Entry(step, number, position, size, c.site, call, 1.0, c.data, c.tensors, dtypes)  # type: ignore
-                entry.factor = batch.scale  # type: ignore[assignment]
+                entry.factor = scale  # type: ignore[assignment]
                 entries.append(entry)
             batch.captured = None
             position += batch.size

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import nn
 
 from nbdyn.recorder.capture import convolution, embedding, generic, linear, norms, recurrent
-from nbdyn.recorder.capture.calls import Handler, Stored
-from nbdyn.recorder.capture.uses import Uses
+from nbdyn.recorder.capture.calls import Handler
+from nbdyn.recorder.capture.uses import CONTAINERS
 
 HANDLERS: dict[type[nn.Module], type] = {
     **linear.HANDLERS, **convolution.HANDLERS, **embedding.HANDLERS, **norms.HANDLERS, **recurrent.HANDLERS,
@@ -25,15 +23,12 @@ def handler_of(name: str, module: nn.Module, firsts: dict[int, int]) -> Handler 
     return None
 
 
-def uses_of(
-    name: str,
-    module: nn.Module,
-    firsts: dict[int, int],
-    emit: Callable[[Stored], None],
-    cannot: Callable[[list[nn.Parameter | None], str], None],
-) -> Uses:
-    """The watch over the bare parameters of a module during its forward pass."""
-    return Uses(name, module, firsts, emit, cannot)
+def holds_parameters(module: nn.Module, firsts: dict[int, int]) -> bool:
+    """Whether a module owns recorded parameters, itself or in lists and dictionaries, which are never called."""
+    if isinstance(module, CONTAINERS):
+        return False
+    holders = [module, *(child for child in module.children() if isinstance(child, CONTAINERS))]
+    return any(p is not None and id(p) in firsts for holder in holders for p in holder._parameters.values())
 
 
 def sequence_first(model: nn.Module) -> bool:

@@ -87,9 +87,13 @@ class StepCapture:
         due = step % self.options.every == 0
         self._capture.begin(batch if due else None, whole=not self._checked)
 
-    def loss_scale(self) -> Tensor | float:
-        """What a GradScaler multiplies the loss with."""
+    def loss_scales(self) -> dict[int, Tensor]:
+        """What the live GradScalers multiply a loss with."""
         return self._loss_scale.now(self._capture.half)
+
+    def confirm(self, optimizer: torch.optim.Optimizer) -> None:
+        """A step is about to be taken: it shows which GradScaler is used."""
+        self._loss_scale.confirm(optimizer)
 
     def accumulated(self, p: Tensor, fresh: bool) -> None:
         """A backward pass has added to p.grad."""
@@ -114,7 +118,7 @@ class StepCapture:
         Raises:
             NbdynError: before the first step, if an epoch would be larger than the budget.
         """
-        entries = self._capture.collect(record.step, batches)
+        entries = self._capture.collect(record.step, batches, [self._loss_scale.of(batch.scales) for batch in batches])
         if not record.skipped:
             self._capture.forget_gradients()
         record.chunks, record.arrived = self.arena.hold(), self.arena.event()
