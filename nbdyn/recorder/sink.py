@@ -33,6 +33,8 @@ SEGMENT_SECONDS_MOST = 30.0
 """Steps wait about a second before they are committed, in long runs a 200th of the time so far, at most 30 s: the
 number of fragments stays in the low thousands, which is what TileDB opens quickly."""
 SEGMENT_BYTES = 24_000_000
+WAKE_BYTES = 8_000_000
+"""The writer takes captured tensors so soon: what training allocates next is then their memory, still in the cache."""
 JOURNAL_BYTES = 2_000_000_000
 """The journal is compacted while training goes on, once it is so large: disks are not endless. Below that, at close."""
 ALIGNED_SECONDS = 10.0
@@ -68,6 +70,7 @@ class Sink:
         self._target, self._rows, self._budget = target, rows, budget
         self._capture, self._edges_of = capture, edges_of
         self._journal: JournalWriter | None = None
+        self._unwoken = 0  # bytes captured since the writer was woken; the training thread counts them
         self._journaled = 0  # so many of the waiting records have their tensors in the journal
         self._journal_bytes = 0  # bytes in the journal that are not compacted yet
         self._earlier_bytes = 0  # of these, what earlier recordings of the run left
@@ -97,6 +100,9 @@ class Sink:
 
     def put(self, record: StepRecord, urgent: bool) -> None:
         """Hand a record over; waits while too many bytes wait. Raises what stopped the writer."""
+        self._unwoken += record.captured_bytes
+        if self._unwoken >= WAKE_BYTES:
+            self._unwoken, urgent = 0, True
         self._pipeline.put(record, record.nbytes, urgent)
 
     def check(self, stop: Callable[[BaseException], None]) -> None:

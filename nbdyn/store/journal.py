@@ -8,8 +8,6 @@ carry no checksum of their own, which would cost training several per cent; the 
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import math
 import os
@@ -23,14 +21,13 @@ import numpy as np
 
 from nbdyn.errors import CorruptRun
 from nbdyn.store.backend import basename, context, is_local, join, reading, tiledb
+from nbdyn.store.direct import DirectFile, RemoteFile
 
 if TYPE_CHECKING:
     from nbdyn.store.store import Store
 
 MAGIC = b"nbdynJ1\n"
 FOOTER = struct.Struct("<QQI8s")
-PIECES = 512
-"""Pieces that are written by one call; systems take 1,024 or more."""
 ALIGNMENT = 64
 FOLDER = "journal"
 DTYPES: dict[str, np.dtype] = {
@@ -95,78 +92,52 @@ class JournalWriter:
     """
 
     def __init__(self, uri: str, ctx: Any, segment: int) -> None:
-        self.path = path_of(uri, segment)
+        path = path_of(uri, segment)
+        self._index: list[list[Any]] = []
         if is_local(uri):
             os.makedirs(join(uri, FOLDER), exist_ok=True)
-            self._file: Any = open(self.path, "wb", buffering=0)  # noqa: SIM115  (closed by finish or abandon)
+            self._file: DirectFile | RemoteFile = DirectFile(path)
         else:
-            self._file = tiledb().VFS(ctx=ctx).open(self.path, "wb")
-        self._place = 0
-        self._index: list[list[Any]] = []
-        self._waiting: list[memoryview] = []
+            self._file = RemoteFile(tiledb().VFS(ctx=ctx).open(path, "wb"))
         self._write(MAGIC)
 
-    def _write(self, data: Any) -> None:
-        if len(data):
-            view = memoryview(data).cast("B")
-            self._waiting.append(view)
-            self._place += len(view)
-
-    def _flush(self) -> None:
-        """One call of the system for many pieces: each call hands Python's lock to training and back."""
-        while self._waiting:
-            some, self._waiting = self._waiting[:PIECES], self._waiting[PIECES:]
-            if isinstance(self._file, io.FileIO) and hasattr(os, "writev"):
-                written = os.writev(self._file.fileno(), some)
-            else:
-                written = self._file.write(some[0])  # one alone: the next must not follow the part of one
-            while some and written >= len(some[0]):  # a file may take only a part
-                written -= len(some.pop(0))
-            if some:
-                self._waiting[:0] = [some[0][written:], *some[1:]]
+    def _write(self, data: bytes) -> None:
+        self._file.write(np.frombuffer(data, np.uint8))
 
     def append(self, entries: list[Entry]) -> None:
         """Write the tensors of some calls; their memory may be reused when this returns."""
         places: dict[tuple[int, int], int] = {}  # an input that several sites share is written once
+        kept = []  # copies stay alive, so that their addresses stay their own
         for entry in entries:
             slots = []
             for slot, array in entry.tensors.items():
-                flat = np.ascontiguousarray(array).reshape(-1)  # a copy is alive, and its address its own, until _flush
+                flat = np.ascontiguousarray(array).reshape(-1)
+                kept.append(flat)
                 key = flat.__array_interface__["data"][0], flat.nbytes
                 if key not in places:
-                    self._write(bytes(-self._place % ALIGNMENT))
-                    places[key] = self._place
-                    self._write(flat)
+                    self._write(bytes(-self._file.place % ALIGNMENT))
+                    places[key] = self._file.place
+                    self._file.write(flat.view(np.uint8))
                 slots.append([slot, entry.dtypes[slot], list(array.shape), places[key]])
             head = [entry.step, entry.batch, entry.position, entry.size, entry.site, entry.call]
             self._index.append([*head, entry.factor, entry.data, slots])
-        self._flush()
 
     @property
     def nbytes(self) -> int:
         """Bytes written so far."""
-        return self._place
+        return self._file.place
 
     def finish(self, sites: list[dict[str, Any]], batch_only: dict[str, str]) -> None:
         """Write the index and close the file."""
-        start = self._place
+        start = self._file.place
         index = json.dumps({"sites": sites, "batch_only": batch_only, "entries": self._index}).encode()
         self._write(index)
         self._write(FOOTER.pack(start, len(index), zlib.crc32(index), MAGIC))
-        self._flush()
-        self._close()
-
-    def _close(self) -> None:
-        # Left as a context manager: TileDB's files on object stores are written then, and not by close().
-        self._file.__exit__(None, None, None)
+        self._file.close()
 
     def abandon(self) -> None:
-        """Close and remove the file: its segment will not be committed. What cannot be removed, gc removes later."""
-        with contextlib.suppress(OSError, tiledb().TileDBError):  # what made the writer fail may fail the close too
-            self._close()
-        if is_local(self.path):
-            with contextlib.suppress(OSError):
-                os.remove(self.path)
+        """Close and remove the file: its segment will not be committed."""
+        self._file.abandon()
 
 
 class Journal:

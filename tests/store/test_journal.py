@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import errno
-import io
 import itertools
 import json
-import os
 import shutil
 import tracemalloc
 import zlib
@@ -16,9 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
 
 import nbdyn
 from nbdyn.errors import CorruptRun
@@ -45,8 +39,9 @@ class Place:
         for entries in parts:
             writer.append(entries)
         writer.finish(SITES, {"bn.weight": "couples the samples"})
-        assert Path(writer.path).stat().st_size == writer.nbytes
-        return Path(writer.path)
+        file = Path(journal.path_of(self.uri, segment))
+        assert file.stat().st_size == writer.nbytes
+        return file
 
     def writer(self, segment: int = 1) -> JournalWriter:
         return JournalWriter(self.uri, backend.context(self.uri, writing=True), segment)
@@ -169,105 +164,6 @@ def test_a_mapped_file_may_be_removed(place: Place) -> None:
     assert_same(found.entries, given)
     with pytest.raises(CorruptRun, match=r"cannot read .*00000001\.journal: .*No such file.*python -m nbdyn verify"):
         place.read()
-
-
-# The system takes what it likes -----------------------------------------------------------------------------------
-
-
-def some_calls(count: int, seed: int = 0) -> list[Entry]:
-    rng = np.random.default_rng(seed)
-    shapes = rng.integers(0, 6, (count, 3)).tolist()
-    return [call({"a": bits((a, b, c), "f4", seed + k)}) for k, (a, b, c) in enumerate(shapes)]
-
-
-@hypothesis_settings(max_examples=25)
-@given(seed=st.integers(0, 99), most=st.integers(1, 3000), pieces=st.sampled_from([1, 2, 7, 512]))
-def test_writev_that_takes_only_parts(
-    seed: int, most: int, pieces: int, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    place, given, original = Place(tmp_path_factory.mktemp("parts")), some_calls(30, seed), os.writev
-    whole = place.write(given[:20], given[20:]).read_bytes()
-
-    def partly(file: int, buffers: list[memoryview]) -> int:
-        assert 0 < len(buffers) <= pieces and all(len(buffer) for buffer in buffers)
-        return original(file, [b"".join(buffers)[:most]])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "writev", partly)
-        patch.setattr(journal, "PIECES", pieces)
-        assert place.write(given[:20], given[20:]).read_bytes() == whole
-    assert_same(place.read().entries, given)
-
-
-class Partly(io.FileIO):
-    """A file that takes at most 11 bytes at once."""
-
-    def write(self, data: Any, /) -> int:
-        return super().write(memoryview(data)[:11])
-
-
-@pytest.mark.parametrize("kind", [Partly, io.FileIO])
-def test_without_writev(kind: type[io.FileIO], place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some systems have none. The rest of a piece must come before the next one."""
-    given = some_calls(30)
-    whole = place.write(given).read_bytes()
-    monkeypatch.delattr(os, "writev")
-    monkeypatch.setattr(journal, "open", lambda path, mode, buffering: kind(path, mode), raising=False)
-    assert place.write(given).read_bytes() == whole
-    assert_same(place.read().entries, given)
-
-
-def test_more_pieces_than_one_call_takes(place: Place) -> None:
-    given = [call({"a": bits((1, k % 9 + 1), "f4", k)}) for k in range(3 * journal.PIECES)]
-    place.write(given)
-    assert_same(place.read().entries, given)
-
-
-@pytest.mark.parametrize("failing", [1, 2])
-def test_a_full_disk_and_abandon(failing: int, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first call of the system takes a part, or the second none: the error goes on, and nothing is left."""
-    original, calls = os.writev, []
-
-    def full(file: int, buffers: list[memoryview]) -> int:
-        calls.append(1)
-        if len(calls) == failing + 1:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return original(file, [b"".join(buffers)[:100]])
-
-    monkeypatch.setattr(os, "writev", full)
-    writer = place.writer()
-    with pytest.raises(OSError, match="No space left"):
-        writer.append([call({"a": bits((50, 3), "f4")})])
-    assert place.file.stat().st_size == 100 * failing
-    with pytest.raises(CorruptRun):
-        place.read()
-    writer.abandon()
-    assert list(place.file.parent.iterdir()) == []
-    writer.abandon()  # harmless twice
-
-
-def test_abandon_where_closing_and_removing_fail(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The writer has failed: what comes after (the mark, the lock) must not be kept from happening."""
-
-    class Stubborn(io.FileIO):
-        def close(self) -> None:
-            super().close()
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(journal, "open", lambda path, mode, buffering: Stubborn(path, mode), raising=False)
-    writer = place.writer()
-    writer.append([call({"a": bits((50, 3), "f4")})])
-    writer.abandon()
-    assert not place.file.exists()
-    writer = place.writer()
-    with monkeypatch.context() as patch:
-
-        def read_only(path: str) -> None:
-            raise OSError(errno.EROFS, "Read-only file system")
-
-        patch.setattr(os, "remove", read_only)
-        writer.abandon()
-    assert place.file.exists()
 
 
 def test_a_file_that_cannot_be_made(place: Place) -> None:

@@ -1,0 +1,121 @@
+"""A file that is written once, from start to end, past the page cache where the system lets us."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+from typing import Any
+
+import numpy as np
+
+STAGE_BYTES = 4 * 2**20
+"""Pieces are gathered in a buffer of this size. Writing it past the page cache takes a tenth of the CPU: the cache
+needs a fresh page for every 4 KB, for which training's own tensors then compete."""
+_DIRECT = getattr(os, "O_DIRECT", 0)
+_spare: list[mmap.mmap] = []
+
+
+class DirectFile:
+    """A new local file.
+
+    Args:
+        path: where; a file that is there is replaced.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.place = 0  # bytes given so far
+        flags = os.O_CREAT | os.O_WRONLY | os.O_TRUNC | getattr(os, "O_BINARY", 0)
+        self._is_direct = bool(_DIRECT)
+        try:
+            self._fd = os.open(path, flags | _DIRECT, 0o666)
+        except OSError as error:
+            if not _DIRECT or error.errno != errno.EINVAL:
+                raise
+            self._is_direct = False  # a file system that has no such thing
+            self._fd = os.open(path, flags, 0o666)
+        self._stage: mmap.mmap | None = _spare.pop() if _spare else mmap.mmap(-1, STAGE_BYTES)
+        self._view = np.frombuffer(self._stage, np.uint8)
+        self._used = 0
+
+    def write(self, data: np.ndarray) -> None:
+        """Append bytes, (n,) uint8; a copy is taken."""
+        start = 0
+        while start < len(data):
+            count = min(len(data) - start, STAGE_BYTES - self._used)
+            self._view[self._used : self._used + count] = data[start : start + count]
+            start, self._used, self.place = start + count, self._used + count, self.place + count
+            if self._used == STAGE_BYTES:
+                self._flush()
+
+    def _flush(self) -> None:
+        assert self._stage is not None
+        view = memoryview(self._stage)[: self._used]
+        if self._is_direct and self._used % mmap.PAGESIZE:  # the end of the file: only whole pages go past the cache
+            self._be_ordinary()
+        while len(view):
+            try:
+                view = view[os.write(self._fd, view) :]  # a file may take only a part
+            except OSError as error:
+                if not self._is_direct or error.errno != errno.EINVAL:
+                    raise
+                self._be_ordinary()
+                continue
+            if self._is_direct and len(view) % mmap.PAGESIZE:
+                self._be_ordinary()
+        self._used = 0
+
+    def _be_ordinary(self) -> None:
+        import fcntl  # where there is O_DIRECT, there is this
+
+        fcntl.fcntl(self._fd, fcntl.F_SETFL, fcntl.fcntl(self._fd, fcntl.F_GETFL) & ~_DIRECT)
+        self._is_direct = False
+
+    def close(self) -> None:
+        """Write what waits, and close."""
+        try:
+            self._flush()
+        finally:
+            self._release()
+
+    def abandon(self) -> None:
+        """Close and remove the file. What cannot be removed, gc removes later."""
+        with contextlib.suppress(OSError):  # what made the writer fail may fail the close too
+            self._release()
+        with contextlib.suppress(OSError):
+            os.remove(self.path)
+
+    def _release(self) -> None:
+        if self._stage is not None:
+            _spare.append(self._stage)
+            self._stage = None
+            os.close(self._fd)
+
+
+class RemoteFile:
+    """A new object of an object store, with the methods of `DirectFile`.
+
+    Args:
+        file: TileDB's file, open for writing.
+    """
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.place = 0
+
+    def write(self, data: np.ndarray) -> None:
+        """Append bytes, (n,) uint8."""
+        self._file.write(data.tobytes())
+        self.place += len(data)
+
+    def close(self) -> None:
+        """Write what waits, and close."""
+        # Left as a context manager: the object is written then, and not by TileDB's close().
+        self._file.__exit__(None, None, None)
+
+    def abandon(self) -> None:
+        """Leave the object, which no segment will name; gc removes it."""
+        with contextlib.suppress(Exception):  # what made the writer fail may fail this too
+            self.close()
