@@ -35,6 +35,7 @@ def demo(folder: str | os.PathLike[str] = "nbdyn-demo", epochs: int = 20) -> Pat
     _ask(f"compare {_quoted(first)}, {_quoted(second)} by progress(loss), dist(w, init), acc at step {middle}", first)
     weight = _weight_that_crosses_zero(first)
     answer = _ask(f"last 10 samples before {weight} crosses 0", first)
+    _show_pulls(first, int(answer["event_step"].iloc[0]) - 1, weight)
     picture = folder / "demo.png"
     _draw(first, second, weight, answer, picture)
     print(f"Picture: {picture}")
@@ -80,6 +81,14 @@ def _ask(statement: str, run: Run) -> pd.DataFrame:
             print(f"  ({note})")
     print()
     return answer
+
+
+def _show_pulls(run: Run, step: int, weight: str) -> None:
+    """The samples that moved a weight most in one step."""
+    cells = run.gradients[step, weight].frame()
+    largest = cells.loc[cells["value"].abs().nlargest(5).index, ["step", "position", "sample", "value"]]
+    print(f'run.gradients[{step}, "{weight}"], the five largest contributions to its gradient in that step')
+    print(f"{largest.to_string(index=False)}\n")
 
 
 def _weight_that_crosses_zero(run: Run) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nbdyn.errors import NbdynError
 from nbdyn.recorder import foreach, snapshot
 from nbdyn.recorder.assemble import StepRecord, stage
 from nbdyn.recorder.capture.steps import StepCapture
@@ -36,6 +37,7 @@ class Loop:
         step, seconds: number of the first step, and wall time recorded before it.
         capture: what captures single samples; None for nothing.
         emit: called with each finished record; its exceptions go to the training loop.
+        refused: called before the error that says why recording cannot go on.
         say_once: called as say_once(key, text) for what the user should know.
     """
 
@@ -53,8 +55,10 @@ class Loop:
         seconds: float,
         capture: StepCapture | None,
         emit: Callable[[StepRecord], None],
+        refused: Callable[[NbdynError], None],
         say_once: Callable[[str, str], None],
     ) -> None:
+        self._refused = refused
         self._model, self._optimizer = model, optimizer
         self._parameters = list(model.parameters())
         self._buffers = buffers(model)
@@ -230,7 +234,11 @@ class Loop:
         changed = self._watching.changed()
         if self._capture is not None:
             raw = self._watching.copies if changed else [p.grad for p in self._parameters]
-            self._capture.collect(record, self._batches_now(), raw)
+            try:
+                self._capture.collect(record, self._batches_now(), raw)
+            except NbdynError as error:  # an epoch of it would be above the budget
+                self._refused(error)
+                raise
         if changed:
             self._copy_gradient(record)
 

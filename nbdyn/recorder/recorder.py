@@ -25,7 +25,7 @@ from nbdyn.recorder.target import Target, open_target
 from nbdyn.recorder.watch import Watch, given_ids, listening_copy
 from nbdyn.schema import STEP_COLUMNS
 from nbdyn.settings import format_size, options, parse_size, say
-from nbdyn.store import Store
+from nbdyn.store import Store, verify
 from nbdyn.store.layout import row_extent
 from nbdyn.store.written import EdgesOf
 
@@ -130,6 +130,7 @@ class Recorder:
                 seconds=self._target.seconds,
                 capture=self._capture,
                 emit=self._emit,
+                refused=self._refuse,
                 say_once=self.say_once,
             )
         except BaseException:  # also an interrupt
@@ -321,6 +322,12 @@ class Recorder:
         if self.state == "recording":
             self._sink.abandon()
             self._detach("stopped")
+
+    def _refuse(self, error: BaseException) -> None:
+        """What was asked for is too much: unhook, and leave no run where there was none."""
+        self._stop(error)
+        if not self._target.start:
+            verify.delete(self.uri)
 
     def _detach(self, status: str) -> None:
         self.state = status

@@ -36,7 +36,7 @@ class DirectFile:
                 raise
             self._is_direct = False  # a file system that has no such thing
             self._fd = os.open(path, flags, 0o666)
-        self._stage: mmap.mmap | None = _spare.pop() if _spare else mmap.mmap(-1, STAGE_BYTES)
+        self._stage: mmap.mmap | None = _buffer()
         self._view = np.frombuffer(self._stage, np.uint8)
         self._used = 0
 
@@ -92,6 +92,16 @@ class DirectFile:
             _spare.append(self._stage)
             self._stage = None
             os.close(self._fd)
+
+
+def _buffer() -> mmap.mmap:
+    """Memory to gather pieces in, at the beginning of a page."""
+    try:
+        return _spare.pop()
+    except IndexError:
+        # Private: what mmap gives by default is shared with forked children, which would write into it, too.
+        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+        return mmap.mmap(-1, STAGE_BYTES, **private)
 
 
 class RemoteFile:

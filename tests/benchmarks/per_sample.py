@@ -37,7 +37,6 @@ from nbdyn.errors import NbdynError
 from tests import networks
 from tests.benchmarks import gradients
 
-
 # Problems --------------------------------------------------------------------------------------------------------
 
 

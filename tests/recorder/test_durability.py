@@ -468,7 +468,7 @@ class Wide:
         assert run.gradients[:].total().tobytes() == np.stack(self.gradients[:count]).tobytes()
         return count
 
-    def stop(self) -> None:
+    def stop(self, status: str = "stopped") -> None:
         """Train until the disk is full. What was acknowledged is there, and training can go on unrecorded."""
         import nbdyn
         from nbdyn.errors import RecordingStopped
@@ -487,11 +487,11 @@ class Wide:
         rec.close()
         assert rec.flushed == acknowledged
         run = nbdyn.open(self.path)
-        assert run.status == "stopped"
+        assert run.status == status
         assert self.check(self.path) == acknowledged
         assert len(verify.verify(str(self.path))) == 0
         assert leftovers(self.path, run.store.timestamp) == []
-        assert list(nbdyn.runs(self.path.parent)["status"]) == ["stopped"]
+        assert list(nbdyn.runs(self.path.parent)["status"]) == [status]
 
 
 def fill(disk: Path, room: int) -> None:
@@ -524,26 +524,27 @@ def test_disk_full(
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("method", ["append", "finish"])
-def test_disk_full_while_the_journal_is_written(method: str, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tensors of a step fit in part; or all of them, but not the index, or not what comes after it."""
+@pytest.mark.parametrize(("room", "status"), [(0, "killed"), (50_000, "stopped")])
+def test_disk_full_while_the_journal_is_written(
+    room: int, status: str, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of a journal fits, and no mark either; or a part of it, whose removal makes room for the mark."""
     import nbdyn
     from nbdyn.store import journal
 
     monkeypatch.setattr(nbdyn.options, "memory", "500 KB")
-    original, calls = getattr(journal.JournalWriter, method), []
+    original, segments = journal.JournalWriter.finish, []
 
     def on_a_full_disk(writer: journal.JournalWriter, *arguments: Any) -> None:
-        calls.append(1)
-        if len(calls) == 5:
-            fill(small_disk, 8192 if method == "append" else 0)
+        segments.append(writer.nbytes)
+        if len(segments) > 2 and writer.nbytes > 100_000 and not (small_disk / "other").exists():
+            fill(small_disk, room)
         original(writer, *arguments)
 
-    monkeypatch.setattr(journal.JournalWriter, method, on_a_full_disk)
+    monkeypatch.setattr(journal.JournalWriter, "finish", on_a_full_disk)
     training = Wide(small_disk / "run", snapshot_every=1000)
-    training.stop()
-    if method == "append":
-        assert isinstance(training.error, OSError) and training.error.errno == errno.ENOSPC
+    training.stop(status)
+    assert isinstance(training.error, OSError) and training.error.errno == errno.ENOSPC
     (small_disk / "other").unlink()
     compact(training.path, training.check)
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
+import subprocess
+import sys
 import tracemalloc
 import zlib
 from collections.abc import Callable
@@ -170,6 +173,36 @@ def test_a_file_that_cannot_be_made(place: Place) -> None:
     (Path(place.uri) / "journal").write_text("in the way")
     with pytest.raises(OSError):
         place.writer()
+
+
+FORK = """
+import os, sys
+import numpy as np
+from nbdyn.store.direct import DirectFile
+
+path = sys.argv[1]
+DirectFile(path + "earlier").close()  # its buffer is kept for the next one
+told, tell = os.pipe()
+if not os.fork():
+    os.read(told, 1)
+    other = DirectFile(path + "of the child")
+    other.write(np.ones(1000, np.uint8))
+    other.close()
+    os._exit(0)
+mine = DirectFile(path + "mine")
+mine.write(np.zeros(1000, np.uint8))
+os.write(tell, b"x")
+os.wait()
+mine.close()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_forked_processes_do_not_write_into_each_other(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([sys.executable, "-c", FORK, f"{tmp_path}{os.sep}"], check=True, env=environment)
+    assert (tmp_path / "mine").read_bytes() == bytes(1000)
+    assert (tmp_path / "of the child").read_bytes() == b"\1" * 1000
 
 
 # Which files there are --------------------------------------------------------------------------------------------

@@ -131,6 +131,8 @@ def test_an_epoch_above_the_budget_is_refused_before_the_first_step(tmp_path: Pa
     with pytest.raises(NbdynError, match=r"layers=.*every=.*fraction=.*project=.*per_sample=False") as error:
         trained(tmp_path / "run", budget="10 KB")
     assert "a visit" in str(error.value)
+    assert not (tmp_path / "run").exists()
+    trained(tmp_path / "run", per_sample=False)
 
 
 def test_one_line_says_what_a_visit_and_an_epoch_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
