@@ -157,8 +157,9 @@ class Sink:
         self._pipeline.close()
         if self._journal is not None:
             self._journal.abandon()
-        with contextlib.suppress(NbdynError, tiledb().TileDBError):  # the run then shows as "killed"
+        with contextlib.suppress(NbdynError, tiledb().TileDBError):  # gc can do it later
             verify.collect(self._target.store())  # on a full disk, this makes the room for the mark
+        with contextlib.suppress(NbdynError, tiledb().TileDBError):  # the run then shows as "killed"
             finish_metadata(self._target, context(self._target.uri, writing=True), "stopped", None)
         self._end("stopped")
 

@@ -4,9 +4,8 @@
     python tests/benchmarks/per_sample.py networks      # LeNet, ResNet-20, a 6-layer transformer, a character LSTM
     python tests/benchmarks/per_sample.py others        # beside Opacus, BackPACK, vmap(grad) and sparse cells
 
-Each prints Markdown. Contestants are interleaved and medians of ratios within a repeat are shown. Every process
-first touches memory once (--warm GB): on virtual machines the first touch of a page costs ten times the copy into it,
-and would be paid by whoever comes first.
+Each prints Markdown. Contestants are interleaved and medians of ratios within a repeat are shown. `--warm GB` touches
+memory before each measurement: on virtual machines the first touch of a page may cost ten times the copy into it.
 """
 
 from __future__ import annotations
@@ -194,6 +193,8 @@ def measure(chosen: argparse.Namespace) -> None:
         train(problem, None, 1, 20)  # warms torch and the data
         if folder is not None:
             train(problem, Path(scratch) / "warm", 1, 5, **options)
+        if chosen.warm:
+            warm(chosen.warm)
         print(json.dumps(vars(train(problem, folder, chosen.epochs, chosen.steps, **options))))
 
 
@@ -209,7 +210,13 @@ def compare(problem: str, names: list[str], chosen: argparse.Namespace) -> dict[
     found: dict[str, list[Result]] = {"plain": []} | {name: [] for name in names}
     for _ in range(chosen.repeats):
         for name, results in found.items():
-            extra = ["--epochs", str(chosen.epochs), *([] if chosen.steps is None else ["--steps", str(chosen.steps)])]
+            extra = [
+                "--epochs",
+                str(chosen.epochs),
+                "--warm",
+                str(chosen.warm),
+                *([] if chosen.steps is None else ["--steps", str(chosen.steps)]),
+            ]
             results.append(measured(["--problem", problem, "--contestant", name, *extra]))
     return found
 
@@ -303,8 +310,6 @@ def main(arguments: list[str] | None = None) -> None:
         command.add_argument("--contestant", default="plain")
         command.add_argument("--talk", action="store_true", help="print what the recorder says")
     chosen = parser.parse_args(arguments)
-    if chosen.warm:
-        warm(chosen.warm)
     if chosen.command != "measure":
         print(
             f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads, Python {platform.python_version()}, "
