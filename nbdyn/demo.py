@@ -86,7 +86,7 @@ def _ask(statement: str, run: Run) -> pd.DataFrame:
 def _show_pulls(run: Run, step: int, weight: str) -> None:
     """The samples that moved a weight most in one step."""
     cells = run.gradients[step, weight].frame()
-    largest = cells.loc[cells["value"].abs().nlargest(5).index, ["step", "position", "sample", "value"]]
+    largest = cells.sort_values("value", key=abs, ascending=False)[["step", "position", "sample", "value"]].head(5)
     print(f'run.gradients[{step}, "{weight}"], the five largest contributions to its gradient in that step')
     print(f"{largest.to_string(index=False)}\n")
 

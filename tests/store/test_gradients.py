@@ -407,7 +407,7 @@ def test_projected_factors_are_said_to_be_approximate() -> None:
     run = made(mlp)
     run.store.factors.sites[0] = replace(run.store.factors.sites[0], options={"project": 2})
     cells = Gradients(run.store)[0, "0.bias"]
-    assert cells.frame().attrs["nbdyn"]["note"] .startswith("0: approximate (project=2), unbiased")
+    assert cells.frame().attrs["nbdyn"]["note"].startswith("0: approximate (project=2), unbiased")
     assert "0: approximate (project=2), unbiased" in repr(cells)
     with pytest.raises(NotRecorded, match=r"made holds random projections \(project=\) of step 0: that does not make"):
         Gradients(run.store).rebuild(0)
