@@ -36,10 +36,10 @@ def read_group(uri: str) -> tuple[dict[str, Any], set[str]]:
         try:
             return _read(uri, t.Config())
         except t.TileDBError:
-            files = _files(uri)
+            files = _files(uri) + _member_files(uri)
             if not files:
                 raise
-            return _read(uri, t.Config({"sm.group.timestamp_end": str(_time(files[-1]) - 1)}))
+            return _read(uri, t.Config({"sm.group.timestamp_end": str(max(map(_time, files)) - 1)}))
 
 
 def _read(uri: str, config: Any) -> tuple[dict[str, Any], set[str]]:
@@ -51,6 +51,12 @@ def _files(uri: str) -> list[str]:
     """The files of a group's metadata, oldest first; they are named __first_last_id, in ms since 1970."""
     vfs, folder = tiledb().VFS(ctx=context(uri)), join(uri, "__meta")
     return sorted(vfs.ls(folder), key=_time) if vfs.is_dir(folder) else []
+
+
+def _member_files(uri: str) -> list[str]:
+    """The files that list the members of a group; they are named likewise."""
+    vfs, folder = tiledb().VFS(ctx=context(uri)), join(uri, "__group")
+    return list(vfs.ls(folder)) if vfs.is_dir(folder) else []
 
 
 def _time(path: str) -> int:
@@ -95,12 +101,12 @@ def compacted(uri: str, entries: dict[str, Any]) -> int:
 
 
 def remove_torn(uri: str) -> list[str]:
-    """Remove the newest metadata file if the group can be read only without it; its name, if so."""
+    """Remove the newest file of the group, metadata or members, if it can be read only without; its name, if so."""
     t = tiledb()
     try:
         _read(uri, t.Config())
     except t.TileDBError:
-        torn = _files(uri)[-1]
+        torn = max(_files(uri) + _member_files(uri), key=_time)
         t.VFS(ctx=context(uri)).remove_file(torn)
         return [basename(torn)]
     return []
