@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nbdyn.recorder.arena import Chunk
+from nbdyn.recorder.arena import Span
 from nbdyn.recorder.gradients import single_factor
 from nbdyn.recorder.losses import Evaluator
 from nbdyn.recorder.rows import Block, RowBlocks, Staged
@@ -59,7 +59,7 @@ class StepRecord:
     groups: str | None = None
     logs: dict[str, Any] = field(default_factory=dict)
     captured: list[Entry] = field(default_factory=list)
-    chunks: list[Chunk] = field(default_factory=list)  # the arena's memory that `captured` lies in
+    spans: list[Span] = field(default_factory=list)  # the arena's memory that `captured` lies in
     arrived: torch.cuda.Event | None = None  # what to wait for before `captured` is read
     captured_bytes: int = 0
     journaled: int = 0  # bytes that were released when they had been written to the journal; nbytes stays as it is

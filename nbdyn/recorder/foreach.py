@@ -22,9 +22,9 @@ def norm(tensors: Sequence[Tensor]) -> list[Tensor]:
     return list(torch._foreach_norm(list(tensors), 2, dtype=dtype))  # pyright: ignore[reportPrivateImportUsage]
 
 
-def sub(left: Sequence[Tensor], right: Sequence[Tensor]) -> list[Tensor]:
-    """Left - right, tensor by tensor."""
-    return list(torch._foreach_sub(list(left), list(right)))  # pyright: ignore[reportPrivateImportUsage]
+def sub_(left: Sequence[Tensor], right: Sequence[Tensor]) -> None:
+    """Take right from left, tensor by tensor, in place."""
+    torch._foreach_sub_(list(left), list(right))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def multiply_(tensors: Sequence[Tensor], factor: float) -> None:

@@ -72,7 +72,8 @@ class Loop:
         self._prepared: StepRecord | None = None  # a step that has begun
         self._record: StepRecord | None = None  # a step that was taken
         self._evaluations = 0
-        self._before_update: list[torch.Tensor] | None = None
+        self._before_update: list[torch.Tensor] = []  # kept from snapshot to snapshot: fresh memory is slow
+        self._updating = False
         self._loose_logs: dict[str, Any] = {}
         self._buffer_copies: list[tuple[int, torch.Tensor]] = []
         self._last_groups = _group_options(optimizer)
@@ -223,7 +224,10 @@ class Loop:
         batch = self._accumulating[-1][0] if self._accumulating else self._batch
         self._copy_state(record, self._idle if batch is None else batch.rng, due)
         if due:
-            self._before_update = [p.detach().clone() for p in self._parameters]
+            if [_kind(p) for p in self._before_update] != [_kind(p) for p in self._parameters]:
+                self._before_update = [torch.empty_like(p) for p in self._parameters]
+            foreach.copy_(self._before_update, [p.detach() for p in self._parameters])
+            self._updating = True
             record.weight_norms = _norms(self._before_update)
         if any(arg is not None for arg in args[1:]) or kwargs.get("closure") is not None:  # args[0] is the optimizer
             self._say_once(
@@ -255,10 +259,10 @@ class Loop:
         if record is None:
             return
         record.seconds = time.perf_counter() - self._zero
-        if self._before_update is not None:
-            now = [p.detach() for p in self._parameters]
-            record.update_norms = _norms(foreach.sub(now, self._before_update))
-            self._before_update = None
+        if self._updating:
+            self._updating = False
+            foreach.sub_(self._before_update, [p.detach() for p in self._parameters])
+            record.update_norms = _norms(self._before_update)
         record.batches = self._batches_now()
         if not record.batches:
             self._say_once("ids", "no batch is known: wrap the loader in rec.watch(...), or call rec.batch(ids=...).")
@@ -339,6 +343,10 @@ def _group_options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """Param-group options other than the learning rate, which is recorded at every step anyhow."""
     skipped = ("params", "lr", "initial_lr")
     return [{key: value for key, value in group.items() if key not in skipped} for group in optimizer.param_groups]
+
+
+def _kind(t: torch.Tensor) -> tuple[Any, ...]:
+    return t.shape, t.dtype, t.device
 
 
 def _norms(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor:

@@ -1,10 +1,8 @@
-"""The writer's thread: takes finished step records, assembles segments, commits them; bounded memory."""
+"""A thread that takes what another one hands over, and bounds the memory of what waits."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import sys
 import threading
 import time
 from collections import deque
@@ -14,9 +12,7 @@ from typing import Any
 from nbdyn.errors import RecordingStopped
 
 WAKE_SECONDS = 0.2
-"""How often the writer looks for new records; also the pace of live views (5 Hz)."""
-NICENESS = 19
-"""Training goes first: with a niced writer the loop took 1.33 times the plain one's time instead of 1.53."""
+"""How often the thread looks for new records; also the pace of live views (5 Hz)."""
 
 
 class Pipeline:
@@ -26,29 +22,32 @@ class Pipeline:
     in it, and a condition variable that it leaves locked would hang both threads.
 
     Args:
-        work: called on the writer's thread as work(records, final, hurry); returns the bytes that it released.
-            `hurry`: training waits until memory is released.
-        memory: bytes that may wait; `put` blocks above it, until the writer has caught up. Nothing is dropped.
-        setup: called once on the writer's thread before anything else.
+        name: the thread's name.
+        work: called on the thread as work(records, final, hurry); returns the bytes that it released.
+            `hurry`: whoever hands over waits until memory is released.
+        memory: bytes that may wait; `put` blocks above it, until the thread has caught up. Nothing is dropped.
+        setup: called once on the thread before anything else.
     """
 
-    def __init__(self, work: Callable[[list[Any], bool, bool], int], memory: int, setup: Callable[[], None]) -> None:
+    def __init__(
+        self, name: str, work: Callable[[list[Any], bool, bool], int], memory: int, setup: Callable[[], None]
+    ) -> None:
         self._work = work
         self._memory = memory
         self._setup = setup
         self._records: deque[Any] = deque()
-        self._given = 0  # bytes, counted by the training thread alone
-        self._released = 0  # bytes, counted by the writer alone
+        self._given = 0  # bytes, counted by the thread that hands over alone
+        self._released = 0  # bytes, counted by the thread that takes alone
         self._closing = False
         self._hurry = False
         self._wake, self._room = _Signal(), _Signal()
         self.error: BaseException | None = None
         self.seconds_waited = 0.0
-        self._thread = threading.Thread(target=self._run, name="nbdyn-writer", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def put(self, record: Any, nbytes: int, urgent: bool) -> None:
-        """Hand over a record; `urgent` wakes the writer now (a block of weights is full).
+        """Hand over a record; `urgent` wakes the writer now (a chunk of memory is full).
 
         Raises:
             RecordingStopped: if the writer failed.
@@ -89,7 +88,6 @@ class Pipeline:
 
     def _run(self) -> None:
         try:
-            _step_back()
             self._setup()
             final = False
             while not final:
@@ -118,10 +116,3 @@ class _Signal:
     def wait(self, seconds: float) -> None:
         """Return when set, or when the time is over; unset then."""
         self._lock.acquire(timeout=seconds)
-
-
-def _step_back() -> None:
-    """Lower this thread's priority where the system has per-thread ones (Linux)."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):  # a sandbox may forbid it; the writer then works at training's priority
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

@@ -1,4 +1,4 @@
-"""The writer's side of a recording: when to commit, what to tell live views, what it all cost."""
+"""The writer's side of a recording: the journal, when to commit, what to tell live views, what it all cost."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import numpy as np
 import torch
 
 from nbdyn.errors import NbdynError, RecordingStopped
+from nbdyn.recorder.arena import CHUNK_BYTES, joined
 from nbdyn.recorder.assemble import Assembler, StepRecord
-from nbdyn.recorder.capture.capture import to_numpy
 from nbdyn.recorder.capture.steps import StepCapture
+from nbdyn.recorder.committer import Batch, Committer, use_one_core
 from nbdyn.recorder.losses import Evaluator
 from nbdyn.recorder.pipeline import Pipeline
 from nbdyn.recorder.rows import RowBlocks
 from nbdyn.recorder.target import Target, finish_metadata
 from nbdyn.settings import format_size, say
-from nbdyn.store import frames, journal, verify
-from nbdyn.store.backend import context, is_local, tiledb
-from nbdyn.store.compact import compact
+from nbdyn.store import frames, verify
+from nbdyn.store.backend import context, tiledb
 from nbdyn.store.journal import JournalWriter
-from nbdyn.store.writer import SegmentWriter, now_ns
-from nbdyn.store.written import EdgesOf, cells_of, wanted
+from nbdyn.store.writer import now_ns
+from nbdyn.store.written import EdgesOf
 
 SEGMENT_SECONDS = 1.0
 SEGMENT_SHARE = 1 / 200
@@ -33,10 +33,6 @@ SEGMENT_SECONDS_MOST = 30.0
 """Steps wait about a second before they are committed, in long runs a 200th of the time so far, at most 30 s: the
 number of fragments stays in the low thousands, which is what TileDB opens quickly."""
 SEGMENT_BYTES = 24_000_000
-WAKE_BYTES = 8_000_000
-"""The writer takes captured tensors so soon: what training allocates next is then their memory, still in the cache."""
-JOURNAL_BYTES = 2_000_000_000
-"""The journal is compacted while training goes on, once it is so large: disks are not endless. Below that, at close."""
 ALIGNED_SECONDS = 10.0
 """Rows of every step are committed in whole tiles, unless they have waited so long."""
 
@@ -54,7 +50,11 @@ class Listener(Protocol):
 
 
 class Sink:
-    """Takes step records, commits them in segments on the writer's thread, feeds live views."""
+    """Takes step records, writes what was captured into the journal, hands segments on, feeds live views.
+
+    Two threads: this one has little to do, at training's own priority, so that memory is free again soon; the
+    committer's waits until the cores are free.
+    """
 
     def __init__(
         self,
@@ -67,13 +67,11 @@ class Sink:
         memory: int,
         budget: int,
     ) -> None:
-        self._target, self._rows, self._budget = target, rows, budget
-        self._capture, self._edges_of = capture, edges_of
+        self._target, self._capture = target, capture
         self._journal: JournalWriter | None = None
+        self._segment = target.segment  # number of the last segment that was handed on
         self._unwoken = 0  # bytes captured since the writer was woken; the training thread counts them
         self._journaled = 0  # so many of the waiting records have their tensors in the journal
-        self._journal_bytes = 0  # bytes in the journal that are not compacted yet
-        self._earlier_bytes = 0  # of these, what earlier recordings of the run left
         self._assembler = Assembler(gradients, evaluator)
         self._open: list[StepRecord] = []
         self._began = self._since = time.perf_counter()
@@ -82,26 +80,27 @@ class Sink:
         self._working = threading.Lock()
         self._noting = threading.Lock()
         self._notes: list[tuple[int, int, str, str]] = []
-        self.flushed = self._next = target.start
-        self.bytes_captured = 0  # on disk, of what was captured
+        self._next = target.start
         self._gap = False
-        self._visits = 0
-        self._writer: SegmentWriter | None = None
-        self._pipeline = Pipeline(self._work, memory, self._setup)
+        self._committer = Committer(target, rows, self._assembler, edges_of, memory // 2, budget)
+        self._pipeline = Pipeline("nbdyn-writer", self._work, memory // 2, use_one_core)
 
-    def _setup(self) -> None:
-        # Made on the writer's thread, so that TileDB's own threads inherit its low priority.
-        self._ctx = context(self._target.uri, writing=True)
-        self._writer = SegmentWriter(self._target.uri, self._ctx, self._target.segment, list(self._target.columns))
-        if self._target.start:
-            self._journal_bytes = self._earlier_bytes = journal.size(self._target.uri)
+    @property
+    def flushed(self) -> int:
+        """How many steps are on disk, counted from the run's first."""
+        return self._committer.flushed
+
+    @property
+    def bytes_captured(self) -> int:
+        """Bytes on disk, of what was captured."""
+        return self._committer.bytes_captured
 
     # Called on the training thread ----------------------------------------------------------------------------
 
     def put(self, record: StepRecord, urgent: bool) -> None:
         """Hand a record over; waits while too many bytes wait. Raises what stopped the writer."""
         self._unwoken += record.captured_bytes
-        if self._unwoken >= WAKE_BYTES:
+        if self._unwoken >= CHUNK_BYTES:  # soon: then few chunks are in use, and stay in the cache
             self._unwoken, urgent = 0, True
         self._pipeline.put(record, record.nbytes, urgent)
 
@@ -109,6 +108,7 @@ class Sink:
         """Raise what stopped the writer, after `stop`."""
         try:
             self._pipeline.check()
+            self._committer.check()
         except RecordingStopped as error:
             stop(error)
             raise
@@ -120,12 +120,12 @@ class Sink:
 
     def listen(self, listener: Listener) -> None:
         """Feed a live view: first all steps so far, then each new one; its end too, if that is past."""
-        with self._working:
+        with self._working, self._committer.moving:
             if self.flushed:
                 table = frames.steps(self._target.store(), 0, self.flushed)
                 listener.feed({name: table[name].to_numpy() for name in LIVE_COLUMNS})
             self._listeners.append(listener)
-            self._feed(self._open, [listener])
+            self._feed(self._committer.waiting + self._open, [listener])
         if self._status is not None:
             listener.finish(self._status)
 
@@ -133,19 +133,20 @@ class Sink:
         """Write everything, mark the run, release the lock."""
         self._pipeline.close()
         self._pipeline.check()
+        self._committer.close()
+        self._committer.check()
         end = self.flushed if self.flushed else None
         try:
-            finish_metadata(self._target, self._ctx, status, end)
+            finish_metadata(self._target, context(self._target.uri, writing=True), status, end)
         except tiledb().TileDBError as error:
             raise RecordingStopped(f"the run is written but could not be marked {status}: {error}") from error
-        if self._journal_bytes:
-            self._compact_at_end()
+        self._compact_at_end()
         self._end(status)
 
     def _compact_at_end(self) -> None:
         """The run is whole already: what goes wrong here is said, and can be done again."""
         try:
-            self._compact(whole=True)
+            self._committer.compact_rest()
         except (KeyboardInterrupt, Exception) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             why = "interrupted" if isinstance(error, KeyboardInterrupt) else reason
@@ -155,6 +156,7 @@ class Sink:
     def abandon(self) -> None:
         """The writer failed: remove the unfinished segment, mark the run if that is possible, release the lock."""
         self._pipeline.close()
+        self._committer.close()
         if self._journal is not None:
             self._journal.abandon()
         with contextlib.suppress(NbdynError, tiledb().TileDBError):  # gc can do it later
@@ -171,14 +173,14 @@ class Sink:
 
     def summary(self, status: str) -> str:
         """One line on what was recorded and what it cost."""
-        written = self.bytes_captured + (0 if self._writer is None else self._writer.bytes_written)
+        written = self._committer.bytes_written
         steps = self.flushed - self._target.start
         each = f", {format_size(written / steps)} a step" if steps else ""
         waited = self._pipeline.seconds_waited
         late = f"; training waited {waited:.1f} s for the writer" if waited >= 0.1 else ""
         return (
             f"{status}: {self._target.shown} holds {self.flushed:,} steps; this recording wrote "
-            f"{self._visits:,} visits in {format_size(written)}{each}{late}."
+            f"{self._committer.visits:,} visits in {format_size(written)}{each}{late}."
         )
 
     # On the writer's thread -----------------------------------------------------------------------------------
@@ -195,8 +197,9 @@ class Sink:
             while count := self._due(final or self._gap, hurry):
                 released += self._write_journal(count)
                 batch, self._open = self._open[:count], self._open[count:]
-                released += self._commit(batch)
+                released += self._hand_on(batch)
         if self._gap:
+            self._committer.close()
             raise RecordingStopped(f"step {self._next} did not reach the writer; every step before it is on disk.")
         return released
 
@@ -250,8 +253,7 @@ class Sink:
 
         At once, not when their segment is complete: it is most of what a step leaves, and its memory is used again.
         """
-        assert self._writer is not None
-        records = [record for record in self._open[self._journaled : count] if record.captured]
+        records = [record for record in self._open[self._journaled : count] if record.captured or record.spans]
         self._journaled = max(self._journaled, count)
         if self._capture is None or not records:
             return 0
@@ -259,72 +261,42 @@ class Sink:
             if record.arrived is not None:
                 record.arrived.synchronize()
             for entry in record.captured:
-                to_numpy(entry)
+                entry.factor = 1.0 / float(entry.factor)  # until now a loss scale, which may have been on a GPU
         if self._journal is None:
-            self._journal = JournalWriter(self._target.uri, self._ctx, self._writer.segment + 1)
-        self._journal.append([entry for record in records for entry in record.captured])
+            ctx = context(self._target.uri, writing=True)
+            self._journal = JournalWriter(self._target.uri, ctx, self._segment + 1)
+        spans = [span for record in records for span in record.spans]
+        self._journal.append([entry for record in records for entry in record.captured], joined(spans))
         return sum(self._forget(record) for record in records)
 
     def _forget(self, record: StepRecord) -> int:
         """What was captured of a record is in the journal; returns the bytes released."""
         assert self._capture is not None
-        self._capture.arena.release(record.chunks)
+        self._capture.arena.release(record.spans)
         record.journaled = record.captured_bytes
-        record.captured, record.chunks = [], []
+        record.captured, record.spans = [], []
         return record.journaled
 
-    def _finish_journal(self) -> None:
-        """The journal of the segment that is about to be committed is complete."""
-        if self._journal is not None and self._capture is not None:
-            self._journal.finish([site.to_json() for site in self._capture.sites], dict(self._capture.batch_only))
-            self._journal_bytes += self._journal.nbytes
-            self.bytes_captured += self._journal.nbytes
-            self._journal = None
+    def _finish_journal(self) -> int:
+        """Complete the journal of the segment that is about to be handed on; returns its bytes."""
+        if self._journal is None or self._capture is None:
+            return 0
+        self._journal.finish([site.to_json() for site in self._capture.sites], dict(self._capture.batch_only))
+        nbytes, self._journal = self._journal.nbytes, None
+        return nbytes
 
-    def _commit(self, records: list[StepRecord]) -> int:
-        assert self._writer is not None
+    def _hand_on(self, records: list[StepRecord]) -> int:
+        """Give the committer a segment; returns the bytes that are its concern now."""
         self._journaled -= len(records)
-        self._finish_journal()
+        journal_bytes = self._finish_journal()
         segment = self._assembler.segment(records)
         with self._noting:
             segment.notes, self._notes = self._notes, []
-        if self._target.size + self._writer.bytes_written + self.bytes_captured + segment.nbytes() > self._budget:
-            raise RecordingStopped(
-                f"recording has stopped at its budget of {format_size(self._budget)} after step {self.flushed - 1}; "
-                'record with a larger budget="...", a larger snapshot_every=, weights="snapshots", or fewer per-sample '
-                "gradients: layers=, every=, fraction=, project=, per_sample=False."
-            )
-        self._writer.commit(segment)
-        self.flushed += segment.count
-        self._visits += len(segment.visits["step"]) if segment.visits else 0
-        self._give_back(records)
+        nbytes = sum(record.nbytes - record.journaled for record in records)
+        self._committer.put(Batch(segment, records, journal_bytes, nbytes))
+        self._segment += segment.count > 0
         self._since = time.perf_counter()
-        if not is_local(self._target.uri):
-            self._target.write_metadata(self._ctx, writer=self._target.lock.lease())
-        if self._journal_bytes > JOURNAL_BYTES:
-            self._compact(whole=False)
-        return sum(record.nbytes - record.journaled for record in records)
-
-    def _compact(self, whole: bool) -> None:
-        """Compress the journal into arrays; not `whole`: but the last steps, which may come before an event."""
-        store = self._target.store()
-        upto = None
-        if not whole:
-            last = max(0, store.steps_committed - wanted(store).before - 1)
-            upto = int(store.read_steps(last, last + 1)["segment"][0]) - 1
-        done = compact(store, progress=whole, upto=upto, locked=True, cells=cells_of(store, self._edges_of))
-        saved, earlier = done.bytes_before - done.bytes_after, min(self._earlier_bytes, done.bytes_before)
-        of_earlier = round(saved * earlier / max(1, done.bytes_before))  # not saved by what this recording wrote
-        self._target.size -= of_earlier
-        self.bytes_captured -= saved - of_earlier
-        self._earlier_bytes -= earlier
-        self._journal_bytes = max(0, self._journal_bytes - done.bytes_before)
-
-    def _give_back(self, records: list[StepRecord]) -> None:
-        for record in records:
-            if record.row is not None and record.row[1] == self._rows.per_block - 1:
-                self._rows.give_back(record.row[0])
-        self._assembler.release_gradients(records)
+        return nbytes
 
 
 def _live_columns(records: list[StepRecord]) -> dict[str, np.ndarray] | None:

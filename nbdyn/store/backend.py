@@ -53,6 +53,8 @@ def context(uri: str = "", writing: bool = False) -> Any:
     key = (os.getpid(), is_local(uri), writing)
     if key not in _contexts:
         one = {"sm.compute_concurrency_level": "1", "sm.io_concurrency_level": "1"} if writing and is_local(uri) else {}
+        if writing:  # after each query it would give memory back to the system that training is about to use again
+            one["sm.mem.malloc_trim"] = "false"
         _contexts[key] = tiledb().Ctx(configuration(uri, **one))
     return _contexts[key]
 

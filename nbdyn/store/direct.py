@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+PAGE = mmap.PAGESIZE
 STAGE_BYTES = 4 * 2**20
-"""Pieces are gathered in a buffer of this size. Writing it past the page cache takes a tenth of the CPU: the cache
+"""Small pieces are gathered in a buffer of this size. Writing past the page cache takes a tenth of the CPU: the cache
 needs a fresh page for every 4 KB, for which training's own tensors then compete."""
 _DIRECT = getattr(os, "O_DIRECT", 0)
 _spare: list[mmap.mmap] = []
@@ -41,7 +42,12 @@ class DirectFile:
         self._used = 0
 
     def write(self, data: np.ndarray) -> None:
-        """Append bytes, (n,) uint8; a copy is taken."""
+        """Append bytes, (n,) uint8. Whole pages are written from where they are, of other pieces a copy is taken."""
+        if len(data) and not (self._used % PAGE or len(data) % PAGE or _address(data) % PAGE):
+            self._flush()
+            self._write_out(data.data)
+            self.place += len(data)
+            return
         start = 0
         while start < len(data):
             count = min(len(data) - start, STAGE_BYTES - self._used)
@@ -50,11 +56,18 @@ class DirectFile:
             if self._used == STAGE_BYTES:
                 self._flush()
 
+    def fill_page(self) -> None:
+        """Append zeros up to the end of a page, so that whole pages can follow."""
+        self.write(np.zeros(-self.place % PAGE, np.uint8))
+
     def _flush(self) -> None:
         assert self._stage is not None
-        view = memoryview(self._stage)[: self._used]
-        if self._is_direct and self._used % mmap.PAGESIZE:  # the end of the file: only whole pages go past the cache
+        if self._is_direct and self._used % PAGE:  # the end of the file: only whole pages go past the cache
             self._be_ordinary()
+        self._write_out(memoryview(self._stage)[: self._used])
+        self._used = 0
+
+    def _write_out(self, view: memoryview) -> None:
         while len(view):
             try:
                 view = view[os.write(self._fd, view) :]  # a file may take only a part
@@ -63,9 +76,8 @@ class DirectFile:
                     raise
                 self._be_ordinary()
                 continue
-            if self._is_direct and len(view) % mmap.PAGESIZE:
+            if self._is_direct and len(view) % PAGE:
                 self._be_ordinary()
-        self._used = 0
 
     def _be_ordinary(self) -> None:
         import fcntl  # where there is O_DIRECT, there is this
@@ -104,6 +116,22 @@ def _buffer() -> mmap.mmap:
         return mmap.mmap(-1, STAGE_BYTES, **private)
 
 
+def pages(size: int) -> np.ndarray:
+    """New memory for at least so many bytes, as whole pages, (bytes,) uint8.
+
+    >>> len(pages(1)) == PAGE
+    True
+    """
+    size = -(-size // PAGE) * PAGE
+    memory = np.empty(size + PAGE, np.uint8)
+    start = -_address(memory) % PAGE
+    return memory[start : start + size]
+
+
+def _address(data: np.ndarray) -> int:
+    return data.__array_interface__["data"][0]
+
+
 class RemoteFile:
     """A new object of an object store, with the methods of `DirectFile`.
 
@@ -119,6 +147,9 @@ class RemoteFile:
         """Append bytes, (n,) uint8."""
         self._file.write(data.tobytes())
         self.place += len(data)
+
+    def fill_page(self) -> None:
+        """Objects have no pages."""
 
     def close(self) -> None:
         """Write what waits, and close."""

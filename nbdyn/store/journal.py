@@ -13,7 +13,7 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -104,8 +104,18 @@ class JournalWriter:
     def _write(self, data: bytes) -> None:
         self._file.write(np.frombuffer(data, np.uint8))
 
-    def append(self, entries: list[Entry]) -> None:
-        """Write the tensors of some calls; their memory may be reused when this returns."""
+    def append(self, entries: list[Entry], memory: Sequence[np.ndarray] = ()) -> None:
+        """Write the tensors of some calls; their memory may be reused when this returns.
+
+        Args:
+            entries: the calls.
+            memory: whole pages of memory, (n,) uint8, that tensors lie in; each piece is written as it is.
+        """
+        pieces = []  # (where it begins and ends in memory, where it begins in the file)
+        for piece in memory:
+            self._file.fill_page()
+            pieces.append((_address(piece), _address(piece) + len(piece), self._file.place))
+            self._file.write(piece)
         places: dict[tuple[int, int], int] = {}  # an input that several sites share is written once
         kept = []  # copies stay alive, so that their addresses stay their own
         for entry in entries:
@@ -113,12 +123,13 @@ class JournalWriter:
             for slot, array in entry.tensors.items():
                 flat = np.ascontiguousarray(array).reshape(-1)
                 kept.append(flat)
-                key = flat.__array_interface__["data"][0], flat.nbytes
-                if key not in places:
+                key = address, _ = _address(flat), flat.nbytes
+                place = next((at + address - start for start, stop, at in pieces if start <= address < stop), None)
+                if place is None and key not in places:
                     self._write(bytes(-self._file.place % ALIGNMENT))
                     places[key] = self._file.place
                     self._file.write(flat.view(np.uint8))
-                slots.append([slot, entry.dtypes[slot], list(array.shape), places[key]])
+                slots.append([slot, entry.dtypes[slot], array.shape, places[key] if place is None else place])
             head = [entry.step, entry.batch, entry.position, entry.size, entry.site, entry.call]
             self._index.append([*head, entry.factor, entry.data, slots])
 
@@ -171,6 +182,10 @@ class Journal:
             raise CorruptRun(
                 f"cannot read {path}: {error}. Type `python -m nbdyn verify {self._store.uri}` to see what is damaged."
             ) from error
+
+
+def _address(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]
 
 
 def _segment(data: np.ndarray, text: bytes) -> JournalSegment:

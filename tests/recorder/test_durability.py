@@ -68,7 +68,7 @@ def child(path: str, weights: str, die_in: str, steps: int, journal_bytes: int) 
     With `die_in`, die at the third call of that method; with `journal_bytes`, compact the journal when it is as large.
     """
     import nbdyn
-    from nbdyn.recorder import pipeline, sink
+    from nbdyn.recorder import committer, pipeline, sink
     from nbdyn.store import compact
     from nbdyn.store.journal import JournalWriter
     from nbdyn.store.writer import SegmentWriter
@@ -76,7 +76,7 @@ def child(path: str, weights: str, die_in: str, steps: int, journal_bytes: int) 
     torch.set_num_threads(1)
     sink.SEGMENT_SECONDS = pipeline.WAKE_SECONDS = 0.02  # many commits
     compact.BLOCK_BYTES = 4000  # and many blocks in a compaction
-    sink.JOURNAL_BYTES = journal_bytes or sink.JOURNAL_BYTES
+    committer.JOURNAL_BYTES = journal_bytes or committer.JOURNAL_BYTES
     if steps == SHORT:
         nbdyn.options.memory = "60 KB"  # training waits for the writer: about eight steps a segment, on any computer
     if die_in == "finish_metadata":
@@ -97,7 +97,7 @@ def child(path: str, weights: str, die_in: str, steps: int, journal_bytes: int) 
         print(f"flushed {rec.flushed}\ncompacting 0\n", end="", flush=True)
         return compact.compact(*args, **options)
 
-    sink.compact = announced
+    committer.compact = announced
     inputs, targets = dataset()
     model, optimizer, loss_fn = network(0)
     with nbdyn.record(path, model, optimizer, loss_fn, weights=weights, snapshot_every=EVERY) as rec:
@@ -403,7 +403,8 @@ def test_killed_inside_a_commit(
     assert trainer.status == -signal.SIGKILL
     assert acknowledged > 0
     removed = recover(path, weights, acknowledged, reference, go_on_with_copy=method == "finish")
-    assert orphans == set(removed) - {"state"}
+    # While a journal is written, the segment before it may still be on its way.
+    assert orphans <= set(removed) if method == "finish" else orphans == set(removed) - {"state"}
 
 
 @pytest.fixture
@@ -503,7 +504,8 @@ def fill(disk: Path, room: int) -> None:
 
 
 def writers() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name == "nbdyn-writer"]
+    names = [thread.name for thread in threading.enumerate()]
+    return [name for name in names if name in ("nbdyn-writer", "nbdyn-committer")]
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -525,24 +527,24 @@ def test_disk_full(
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize(("room", "status"), [(0, "killed"), (50_000, "stopped")])
+@pytest.mark.parametrize(("method", "status"), [("__init__", "killed"), ("finish", "stopped")])
 def test_disk_full_while_the_journal_is_written(
-    room: int, status: str, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, status: str, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing of a journal fits, and no mark either; or a part of it, whose removal makes room for the mark."""
+    """Nothing of a journal fits, and no mark either; or all but its index, and removing it makes room for the mark."""
     import nbdyn
     from nbdyn.store import journal
 
     monkeypatch.setattr(nbdyn.options, "memory", "500 KB")
-    original, segments = journal.JournalWriter.finish, []
+    original, calls = getattr(journal.JournalWriter, method), []
 
     def on_a_full_disk(writer: journal.JournalWriter, *arguments: Any) -> None:
-        segments.append(writer.nbytes)
-        if len(segments) > 2 and writer.nbytes > 100_000 and not (small_disk / "other").exists():
-            fill(small_disk, room)
+        calls.append(1)
+        if len(calls) == 3:
+            fill(small_disk, 0)
         original(writer, *arguments)
 
-    monkeypatch.setattr(journal.JournalWriter, "finish", on_a_full_disk)
+    monkeypatch.setattr(journal.JournalWriter, method, on_a_full_disk)
     training = Wide(small_disk / "run", snapshot_every=1000)
     training.stop(status)
     assert isinstance(training.error, OSError) and training.error.errno == errno.ENOSPC
@@ -558,15 +560,15 @@ def test_disk_full_while_it_compacts(
     """At close. The run is complete; what it says is what helps once there is room."""
     import nbdyn
     from nbdyn.__main__ import main
-    from nbdyn.recorder import sink
+    from nbdyn.recorder import committer
 
-    original = sink.compact
+    original = committer.compact
 
     def on_a_full_disk(*arguments: Any, **options: Any) -> Any:
         fill(small_disk, room)
         return original(*arguments, **options)
 
-    monkeypatch.setattr(sink, "compact", on_a_full_disk)
+    monkeypatch.setattr(committer, "compact", on_a_full_disk)
     training = Wide(small_disk / "run", snapshot_every=1000)
     training.train(10)
     training.rec.close()
@@ -625,13 +627,13 @@ def test_a_compaction_that_fails(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whatever it is, at close everything is on disk already."""
-    from nbdyn.recorder import sink
+    from nbdyn.recorder import committer
 
     def failing(*arguments: Any, **options: Any) -> None:
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(sink, "compact", failing)
+        patch.setattr(committer, "compact", failing)
         training = Wide(tmp_path / "run")
         training.train(2)
         training.rec.close()
@@ -646,11 +648,11 @@ def test_going_on_with_a_large_journal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It is compacted at close, although this recording adds little; what that saves is not counted as written."""
-    from nbdyn.recorder import sink
+    from nbdyn.recorder import committer
     from nbdyn.store import Store, journal
 
     with monkeypatch.context() as patch:
-        patch.setattr(sink, "compact", lambda *arguments, **options: sink_full())
+        patch.setattr(committer, "compact", lambda *arguments, **options: sink_full())
         first = Wide(tmp_path / "run", snapshot_every=1000)
         first.train(20)
         first.rec.close()
@@ -709,6 +711,7 @@ def test_disk_full_of_other_things(small_disk: Path, monkeypatch: pytest.MonkeyP
     assert run.status in ("killed", "stopped")
     assert len(run) == rec.flushed > 10
     assert len(run.visits) == rec.flushed * BATCH
+    fill()
     with pytest.raises(nbdyn.errors.NbdynError, match=r"cannot record to .*No space left"):
         nbdyn.record(small_disk / "another", model, optimizer, loss_fn)
     assert sorted(entry.name for entry in small_disk.iterdir()) == ["other", "run"]

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nbdyn.errors import NbdynError
-from nbdyn.recorder.arena import Arena, was_changed
+from nbdyn.recorder.arena import Arena
 from nbdyn.recorder.capture.calls import CannotSplit, Handler, ModuleCall, Stored
 from nbdyn.recorder.capture.handlers import handler_of, holds_parameters, sequence_first
 from nbdyn.recorder.capture.mode import abandon
@@ -24,6 +23,7 @@ from nbdyn.store import projection
 from nbdyn.store.factors import Block
 from nbdyn.store.journal import Entry
 from nbdyn.store.sites import Site
+from nbdyn.store.streams import values_of
 
 _CODES = {
     torch.float32: "f4", torch.float64: "f8", torch.float16: "f2", torch.bfloat16: "bf2",
@@ -39,15 +39,19 @@ class Captured:
         site: number of its site.
         parameter: id of a parameter of the site: only backward passes that accumulate into it count.
         task: which backward pass it was; None once it is known to count.
-        tensors: slot -> host tensor, sample first.
+        tensors: slot -> array in the arena, sample first.
+        dtypes: slot -> key of the journal's DTYPES.
         data: whether slot "a" holds rows of the data set.
+        holds: how often the arena's memory had been handed on before.
     """
 
     site: int
     parameter: int
     task: int | None
-    tensors: dict[str, Tensor]
+    tensors: dict[str, np.ndarray]
+    dtypes: dict[str, str]
     data: bool
+    holds: int
 
 
 class Capture:
@@ -213,16 +217,17 @@ class Capture:
             if self.options.project is not None and site.form == "linear" and not self._whole:
                 site, tensors = self._projected(site, tensors)
             number, parameter = self._number(site)
+            if self.is_batch_only(number):
+                continue
             if batch.rows is not None:
                 tensors = {slot: t.index_select(0, batch.rows.to(t.device)) for slot, t in tensors.items()}
-            # What autograd made is not changed by anyone after the backward pass, and a change would be noticed (see
-            # `to_numpy`); rows of data may lie in a buffer that the loader fills again.
-            kept = {slot: self._arena.keep(_narrow(t), own=not (data and slot != "d")) for slot, t in tensors.items()}
+            kept = {slot: self._arena.keep(_narrow(t), shared=slot != "d") for slot, t in tensors.items()}
+            dtypes = {slot: _CODES[_narrowed(t.dtype)] for slot, t in tensors.items()}
             if batch.rows is not None:
-                kept["p"] = batch.rows
+                kept["p"], dtypes["p"] = batch.rows.numpy(), "i4"
             is_data = data and site.form in ("linear", "conv")
-            self.half |= any(t.dtype in (torch.float16, torch.bfloat16) for t in kept.values())
-            batch.captured.append(Captured(number, parameter, task, kept, is_data))
+            self.half |= any(code in ("f2", "bf2") for code in dtypes.values())
+            batch.captured.append(Captured(number, parameter, task, kept, dtypes, is_data, self._arena.holds))
 
     def _projected(self, site: Site, tensors: dict[str, Tensor]) -> tuple[Site, dict[str, Tensor]]:
         """A linear site and its factors, projected where that makes them smaller."""
@@ -263,6 +268,15 @@ class Capture:
             self.batch_only[name] = reason
             self._say_once(f"batch-only {name}", f"{name} is recorded by batch only, not by sample: {reason}.")
 
+    def is_batch_only(self, site: int) -> bool:
+        """Whether no tensor of a site is recorded by sample any more."""
+        return bool(self.batch_only) and all(
+            self._name_at(first) in self.batch_only for first, _ in self.sites[site].runs
+        )
+
+    def _name_at(self, first: int) -> str:
+        return self._names[self._owners[int(np.searchsorted(self._starts, first, side="right")) - 1]]
+
     # At the step ----------------------------------------------------------------------------------------------
 
     def accumulated(self, p: Tensor, fresh: bool) -> None:
@@ -293,7 +307,7 @@ class Capture:
         return c.task is None or c.task in self._accumulated.get(c.parameter, ())
 
     def collect(self, step: int, batches: list[Batch], scales: list[Tensor | float]) -> list[Entry]:
-        """The calls of a step's batches that p.grad holds; their tensors are still torch's, on their way from a GPU.
+        """The calls of a step's batches that p.grad holds; their tensors are perhaps on their way from a GPU.
 
         Args:
             step: number of the step.
@@ -307,14 +321,13 @@ class Capture:
             for c in batch.captured or ():
                 call = calls[c.site] = calls.get(c.site, -1) + 1
                 size = len(next(iter(c.tensors.values())))
-                dtypes = {slot: _CODES[t.dtype] for slot, t in c.tensors.items()}
+                if c.holds != self._arena.holds:  # in memory that an earlier record gives back once that is written
+                    c.tensors = {slot: t.copy() for slot, t in c.tensors.items()}
                 if "p" in c.tensors:
-                    c.tensors["p"] = (c.tensors["p"] + position).to(torch.int32)
-                    dtypes["p"] = "i4"
-                # Scale and tensors become numbers on the writer's thread: see `to_numpy`.
-                entry = Entry(step, number, position, size, c.site, call, 1.0, c.data, c.tensors, dtypes)  # type: ignore
-                entry.factor = scale  # type: ignore[assignment]
-                entries.append(entry)
+                    c.tensors["p"] = (c.tensors["p"] + position).astype(np.int32)
+                # The scale may be a tensor on a GPU; the writer makes a number of it.
+                fields = (step, number, position, size, c.site, call, scale, c.data, c.tensors, c.dtypes)
+                entries.append(Entry(*fields))  # type: ignore[arg-type]
             batch.captured = None
             position += batch.size
         return entries
@@ -325,32 +338,17 @@ def _narrow(t: Tensor) -> Tensor:
     return t.to(torch.int32) if t.dtype == torch.int64 else t
 
 
-def to_numpy(entry: Entry) -> None:
-    """Turn what `collect` left as tensors into numbers and arrays; NumPy has no bfloat16, its bits stand in."""
-    entry.factor = 1.0 / float(entry.factor)
-    tensors: dict[str, Any] = entry.tensors
-    for slot, t in tensors.items():
-        if isinstance(t, Tensor):
-            if was_changed(t):
-                raise NbdynError(
-                    f"an activation or gradient of step {entry.step} was changed in place after its backward pass, "
-                    "before it was written; change a clone of it, or record with per_sample=False"
-                )
-            entry.tensors[slot] = (
-                t.view(torch.int16).numpy().view(np.uint16) if t.dtype == torch.bfloat16 else t.numpy()
-            )
+def _narrowed(dtype: torch.dtype) -> torch.dtype:
+    return torch.int32 if dtype == torch.int64 else dtype
 
 
 def captured_block(entry: Entry) -> Block:
     """An entry that is still the recorder's, as what a reader would get; its scale is left out."""
-    tensors = {slot: _wide(t) for slot, t in entry.tensors.items() if slot != "p"}  # type: ignore[arg-type]
+    bits = {slot: t.view(f"u{t.itemsize}") for slot, t in entry.tensors.items() if slot != "p"}
+    tensors = {slot: values_of(values, entry.dtypes[slot]) for slot, values in bits.items()}
     places = np.arange(entry.size) + entry.position
     steps, ones = np.full(entry.size, entry.step), np.ones(entry.size)
     return Block(entry.site, entry.call, steps, places, np.full(entry.size, -1), ones, tensors)
-
-
-def _wide(t: Tensor) -> np.ndarray:
-    return (t.float() if t.dtype in (torch.float16, torch.bfloat16) else t).numpy()
 
 
 def _content(site: Site) -> str:

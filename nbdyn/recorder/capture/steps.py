@@ -121,14 +121,14 @@ class StepCapture:
         entries = self._capture.collect(record.step, batches, [self._loss_scale.of(batch.scales) for batch in batches])
         if not record.skipped:
             self._capture.forget_gradients()
-        record.chunks, record.arrived = self.arena.hold(), self.arena.event()
+        record.spans, record.arrived = self.arena.hold(), self.arena.event()
         exact = self.options.fraction == 1.0 and self.options.project is None
         due = not self._checked or (exact and record.step % self._check_every == 0)
         if raw is not None and batches and due:
             if record.arrived is not None:
                 record.arrived.synchronize()
             self._check(record, entries, [raw[place] for place in self._places])
-        record.captured = [e for e in entries if not self._is_batch_only(e.site)]
+        record.captured = [e for e in entries if not self._capture.is_batch_only(e.site)]
         record.captured_bytes = sum(t.nbytes for e in record.captured for t in e.tensors.values())
         visits = sum(batch.size for batch in batches)
         if visits and not self.visits:
@@ -136,54 +136,49 @@ class StepCapture:
         self.visits += visits
         self.bytes += record.captured_bytes
 
-    def _is_batch_only(self, site: int) -> bool:
-        if not self.batch_only:
-            return False
-        firsts = [first for first, _ in self.sites[site].runs]
-        return all(self._name_at(first) in self.batch_only for first in firsts)
-
-    def _name_at(self, first: int) -> str:
-        starts = [t["first"] for t in self._tensors]
-        return self._tensors[int(np.searchsorted(starts, first, side="right")) - 1]["name"]
-
     def _check(self, record: StepRecord, entries: list[Entry], raw: list[Tensor | None]) -> None:
         """Compare the sum of contributions with p.grad; the first time, give up what does not add up."""
         totals = _unscaled(self._totals(entries), entries, self._tensors, raw)
+        grads = [None if g is None else (g.to_dense() if g.is_sparse else g).detach().reshape(-1).cpu() for g in raw]
         largest: dict[str, float] = {}
-        for t, grad in zip(self._tensors, raw, strict=True):
+        for t, grad in zip(self._tensors, grads, strict=True):
             if grad is not None:
-                largest[t["layer"]] = max(largest.get(t["layer"], 0.0), float(grad.detach().abs().max()))
+                largest[t["layer"]] = max(largest.get(t["layer"], 0.0), _largest(grad))
         half = any(code in ("f2", "bf2") for e in entries for code in e.dtypes.values())
-        for place, (t, p, grad) in enumerate(zip(self._tensors, self._parameters, raw, strict=True)):
+        for place, (t, p, grad) in enumerate(zip(self._tensors, self._parameters, grads, strict=True)):
             if t["name"] in self.batch_only or not p.requires_grad or p._backward_hooks:
                 continue  # a hook on the parameter changes its gradient: contributions are what it was before
             total = totals.get(t["name"])
             if grad is None or (total is None and not bool(grad.any())):
                 continue
-            dense = (grad.to_dense() if grad.is_sparse else grad).detach().double().cpu().reshape(-1).numpy()
-            total = np.zeros_like(dense) if total is None else total
-            residual = _relative(total, dense)
+            total = torch.zeros_like(grad) if total is None else total
+            difference, residual = _difference(total, grad)
             record.residuals[self._places[place]] = residual
             # Gradients that are zero by a symmetry (a bias before a normalization) are rounding and nothing else:
             # beside those of the layer's other tensors they are nothing.
-            negligible = np.abs(total - dense).max() <= 1e-2 * TOLERANCE * largest[t["layer"]]
+            negligible = difference <= 1e-2 * TOLERANCE * largest[t["layer"]]
             if not self._checked and not residual <= (HALF_TOLERANCE if half else TOLERANCE) and not negligible:
                 self._capture.give_up(t["name"], _why(residual, bool(total.any())))
         self._checked = True
 
-    def _totals(self, entries: list[Entry]) -> dict[str, np.ndarray]:
-        """Tensor name -> sum over visits of the contributions, (size,) float64."""
-        found: dict[str, np.ndarray] = {}
+    def _totals(self, entries: list[Entry]) -> dict[str, Tensor]:
+        """Tensor name -> sum over visits of the contributions, (size,)."""
+        found: dict[str, Tensor] = {}
         ends = [t["first"] + t["size"] for t in self._tensors]
         for entry in entries:
             site = self.sites[entry.site]
-            values = closed.total(site, captured_block(entry))
+            values = torch.from_numpy(closed.total(site, captured_block(entry)))
             place = 0
             for first, size in site.runs:
                 t = self._tensors[int(np.searchsorted(ends, first, side="right"))]
-                flat = found.setdefault(t["name"], np.zeros(t["size"]))
-                flat[first - t["first"] : first - t["first"] + size] += values[place : place + size]
-                place += size
+                part, place = values[place : place + size], place + size
+                if size == t["size"] and t["name"] not in found:
+                    found[t["name"]] = part
+                    continue
+                known = found.get(t["name"])
+                whole = torch.zeros(t["size"], dtype=torch.float64) if known is None else known.double()
+                whole[first - t["first"] : first - t["first"] + size] += part
+                found[t["name"]] = whole
         return found
 
     def _later_bytes(self, entries: list[Entry]) -> float:
@@ -211,8 +206,8 @@ class StepCapture:
 
 
 def _unscaled(
-    totals: dict[str, np.ndarray], entries: list[Entry], tensors: list[dict[str, Any]], raw: list[Tensor | None]
-) -> dict[str, np.ndarray]:
+    totals: dict[str, Tensor], entries: list[Entry], tensors: list[dict[str, Any]], raw: list[Tensor | None]
+) -> dict[str, Tensor]:
     """The totals as p.grad has them: with a GradScaler's scale or without.
 
     torch's unscaling does not count as a change of the gradient, so that only the numbers tell whether it was done.
@@ -220,7 +215,7 @@ def _unscaled(
     scale = float(entries[0].factor) if entries else 1.0
     if scale == 1.0:
         return totals
-    size = sum(float(np.abs(total).sum()) for total in totals.values())
+    size = sum(float(total.abs().sum(dtype=torch.float64)) for total in totals.values())
     pairs = zip(tensors, raw, strict=True)
     seen = sum(float(g.detach().double().abs().sum()) for t, g in pairs if g is not None and t["name"] in totals)
     with_scale = abs(np.log(max(size, 1e-300) / max(seen, 1e-300))) < abs(np.log(scale)) / 2
@@ -234,10 +229,17 @@ def _why(residual: float, seen: bool) -> str:
     return f"its samples' contributions add up to its gradient only within {100 * residual:.2g} %"
 
 
-def _relative(found: np.ndarray, reference: np.ndarray) -> float:
-    """max|found - reference| / max|reference|; 0 where both are 0, or not finite at the same places."""
-    finite = np.isfinite(reference)
-    if not np.array_equal(np.isfinite(found), finite):
-        return float("inf")
-    error = np.abs(found[finite] - reference[finite]).max(initial=0.0)
-    return float(error / max(np.abs(reference[finite]).max(initial=0.0), np.finfo(np.float64).tiny))
+def _largest(t: Tensor) -> float:
+    """max|t|, without a copy of it; NaN where a number is."""
+    return float(torch.linalg.vector_norm(t, float("inf"))) if t.numel() else 0.0
+
+
+def _difference(found: Tensor, reference: Tensor) -> tuple[float, float]:
+    """max|found - reference|, and that divided by max|reference|; infinite where they are not finite alike."""
+    difference, size = _largest(found - reference), _largest(reference)
+    if not np.isfinite(difference):
+        finite = torch.isfinite(reference)
+        if not torch.equal(torch.isfinite(found), finite):
+            return float("inf"), float("inf")
+        difference, size = _largest(found[finite] - reference[finite]), _largest(reference[finite])
+    return difference, difference / max(size, np.finfo(np.float64).tiny)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import nbdyn
-from nbdyn.errors import Incompatible, NbdynError, NotRecorded, RecordingStopped, UnknownName
-from nbdyn.recorder.arena import CHUNK_BYTES, Arena, was_changed
+from nbdyn.errors import Incompatible, NbdynError, NotRecorded, UnknownName
+from nbdyn.recorder.arena import CHUNK_BYTES, Arena, joined
+from nbdyn.store.direct import PAGE
 from nbdyn.store.projection import relative_error
 from tests import networks, problems
 
@@ -208,21 +209,23 @@ def test_a_loader_that_fills_one_buffer_again_and_again_is_recorded_right(tmp_pa
         np.testing.assert_array_equal(run.gradients.rebuild(step)["0.weight"], grad.numpy())
 
 
-def test_an_activation_changed_after_the_step_stops_the_recording_with_a_reason(tmp_path: Path) -> None:
+def test_activations_are_recorded_as_they_were_when_the_gradient_arrived(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, loss_fn = networks.mlp(12, 16, 4), nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    rec = nbdyn.record(tmp_path / "run", model, optimizer, loss_fn)
     kept: list[Tensor] = []
     model[1].register_forward_hook(lambda module, args, output: kept.append(output))
-    rec.batch(ids=range(20))
-    x, y = problems.data()[:20]
-    loss_fn(model(x), y).backward()
-    optimizer.step()
-    with torch.no_grad():
-        kept[0].zero_()
-    with pytest.raises(RecordingStopped, match="changed in place after its backward pass"):
-        rec.close()
+    with nbdyn.record(tmp_path / "run", model, optimizer, loss_fn) as rec:
+        rec.batch(ids=range(20))
+        x, y = problems.data()[:20]
+        loss_fn(model(x), y).backward()
+        with torch.no_grad():
+            kept[0].zero_()
+        grad = model[2].weight.grad
+        assert grad is not None
+        expected = grad.numpy().copy()
+        optimizer.step()
+    np.testing.assert_array_equal(nbdyn.open(tmp_path / "run").gradients.rebuild(0)["2.weight"], expected)
 
 
 def test_steps_after_a_resume_use_the_same_sites(tmp_path: Path) -> None:
@@ -253,24 +256,44 @@ def test_per_sample_false_leaves_no_trace(tmp_path: Path) -> None:
 def test_arena_uses_its_memory_again_but_never_what_a_record_holds() -> None:
     arena = Arena(torch.device("cpu"))
     held, values = [], []
-    for number in range(40):  # 2.4 MB each: seven to a chunk
-        kept = [arena.keep(torch.full((300_000,), float(number + k)), own=False) for k in range(2)]
+    for number in range(40):  # 2.4 MB each: one to a chunk, pages of two records in some
+        values.append([arena.keep(torch.full((300_000,), float(number + k)), shared=False) for k in range(2)])
         held.append(arena.hold())
-        values.append(kept)
         if len(held) > 3:
             for k, t in enumerate(values.pop(0)):
                 assert (t == number - 3 + k).all()
             arena.release(held.pop(0))
-    chunks = {id(chunk) for chunks in held for chunk in chunks}
-    assert len(chunks) + len(arena._free) <= 4
-    big = arena.keep(torch.zeros(CHUNK_BYTES), own=False)
+    chunks = {id(span.chunk) for spans in held for span in spans}
+    assert len(chunks) + len(arena._free) <= 10
+    big = arena.keep(torch.zeros(CHUNK_BYTES), shared=False)
     assert big.shape == (CHUNK_BYTES,)
 
 
-def test_a_tensor_of_autograds_own_is_kept_without_a_copy_and_watched() -> None:
+def test_records_in_the_arena_lie_in_whole_pages_which_are_joined() -> None:
+    arena, expected = Arena(torch.device("cpu")), []
+    spans = []
+    for number in range(5):
+        kept = arena.keep(torch.arange(700.0 + number), shared=False)
+        spans += arena.hold()
+        expected.append(kept)
+    [piece] = joined(spans)
+    assert all((span.stop - span.start) % PAGE == 0 == span.start % PAGE for span in spans)
+    at = [kept.__array_interface__["data"][0] - piece.__array_interface__["data"][0] for kept in expected]
+    assert all(place % PAGE == 0 for place in at)
+    assert [piece[place : place + 4 * 700].view(np.float32)[699] for place in at] == [699.0] * 5
+    assert not piece[at[0] + 4 * 700 : at[1]].any()  # nothing of what the memory held before
+
+
+def test_the_arena_copies_and_keeps_what_several_sites_see_once() -> None:
     arena, t = Arena(torch.device("cpu")), torch.ones(5)
-    kept = arena.keep(t, own=True)
-    assert kept.data_ptr() == t.data_ptr() and not was_changed(kept)
+    kept = arena.keep(t, shared=True)
+    assert arena.keep(t.detach(), shared=True) is kept
+    assert arena.keep(t, shared=False) is not kept
     t.add_(1)
-    assert was_changed(kept)
-    assert arena.keep(t, own=False).data_ptr() != t.data_ptr()
+    assert (kept == 1).all() and (arena.keep(t, shared=True) == 2).all()
+    arena.hold()
+    assert arena.keep(t, shared=True) is not kept
+    half = torch.tensor([1.5, -2.0], dtype=torch.bfloat16)
+    np.testing.assert_array_equal(arena.keep(half, shared=False), half.view(torch.int16).numpy().view(np.uint16))
+    strided = torch.arange(6.0).view(2, 3).t()
+    np.testing.assert_array_equal(arena.keep(strided, shared=False), strided.numpy())
