@@ -172,3 +172,29 @@ def test_an_opened_run_needs_no_torch_and_changes_no_settings(recorded: Path):
     loaded = loaded_by(WATCH + SHELL + textwrap.dedent(opened))
     assert "tiledb" in loaded
     assert not loaded & HEAVY
+
+
+def test_ctrl_c_stays_pythons(tmp_path: Path):
+    """TileDB's default context, made wherever none is given, takes SIGINT: what records and reads makes none."""
+    code = f"""
+        import tiledb, torch
+        import nbdyn
+        from nbdyn.__main__ import main
+        model = torch.nn.Linear(2, 2)
+        optimizer, loss_fn = torch.optim.SGD(model.parameters(), lr=0.1), torch.nn.CrossEntropyLoss()
+        data = torch.utils.data.TensorDataset(torch.ones(6, 2), torch.tensor([0, 1] * 3))
+        path = {str(tmp_path / "run")!r}
+        with nbdyn.record(path, model, optimizer, loss_fn, weights="every") as rec:
+            for x, y in rec.watch(torch.utils.data.DataLoader(data, batch_size=2)):
+                optimizer.zero_grad()
+                loss_fn(model(x), y).backward()
+                optimizer.step()
+            rec.note("a note")
+        run = nbdyn.open(path)
+        assert len(run.gradients[0, "weight"].frame()) and len(run.gradients[:].total())
+        assert len(run.steps) == 3 and len(run.visits) == 6 and len(run.notes) and len(run.weights["all"]) == 4
+        assert len(run.query("last 5 samples before weight[0,0] becomes 0 within 9")) >= 0
+        assert [main([command, path]) for command in ("verify", "compact", "gc")] == [0, 0, 0]
+        assert tiledb.ctx._ctx_var.get(None) is None
+    """
+    loaded_by(code)

@@ -82,6 +82,7 @@ class Arena:
         size = t.nbytes
         chunk = self._room(size)
         start, chunk.used = chunk.used, chunk.used + -(-size // ALIGNMENT) * ALIGNMENT
+        chunk.memory[start + size : chunk.used] = 0  # what memory held before must not reach a file
         dtype = np.uint16 if t.dtype == torch.bfloat16 else _NUMPY[t.dtype]
         host = chunk.memory[start : start + size].view(dtype).reshape(t.shape)
         if self._side is None or not t.is_cuda:

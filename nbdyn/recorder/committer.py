@@ -13,6 +13,7 @@ import torch
 from nbdyn.errors import RecordingStopped
 from nbdyn.recorder.assemble import Assembler, StepRecord
 from nbdyn.recorder.pipeline import Pipeline
+from nbdyn.recorder.pool import TensorPool
 from nbdyn.recorder.rows import RowBlocks
 from nbdyn.recorder.target import Target
 from nbdyn.settings import format_size
@@ -43,7 +44,7 @@ class Committer:
 
     Args:
         target: the run.
-        rows: where rows of weights come from, to give them back.
+        rows, pool: where rows of weights and small tensors come from, to give them back.
         assembler: gets the gradient rows of written records back.
         edges_of: finds events, around which cells are written out.
         memory: bytes that may wait.
@@ -51,9 +52,16 @@ class Committer:
     """
 
     def __init__(
-        self, target: Target, rows: RowBlocks, assembler: Assembler, edges_of: EdgesOf, memory: int, budget: int
+        self,
+        target: Target,
+        rows: RowBlocks,
+        pool: TensorPool,
+        assembler: Assembler,
+        edges_of: EdgesOf,
+        memory: int,
+        budget: int,
     ) -> None:
-        self._target, self._rows, self._assembler = target, rows, assembler
+        self._target, self._rows, self._pool, self._assembler = target, rows, pool, assembler
         self._edges_of, self._budget = edges_of, budget
         self._journal_bytes = 0  # bytes in the journal that are not compacted yet
         self._earlier_bytes = 0  # of these, what earlier recordings of the run left
@@ -147,6 +155,8 @@ class Committer:
         for record in records:
             if record.row is not None and record.row[1] == self._rows.per_block - 1:
                 self._rows.give_back(record.row[0])
+            for t in (record.norms, *(batch.loss for batch in record.batches)):
+                self._pool.give_back(t)
         self._assembler.release_gradients(records)
 
 

@@ -17,6 +17,7 @@ from nbdyn.recorder.capture.steps import StepCapture
 from nbdyn.recorder.describe import as_json, buffers
 from nbdyn.recorder.gradients import GradientWatch
 from nbdyn.recorder.losses import Evaluator, LossProbe
+from nbdyn.recorder.pool import TensorPool
 from nbdyn.recorder.rows import RowBlocks
 from nbdyn.recorder.watch import Batch
 
@@ -32,7 +33,7 @@ class Loop:
 
     Args:
         model, optimizer, loss_fn: what is trained, and how.
-        rows, gradients: where rows of weights and gradients are copied to.
+        rows, gradients, pool: where rows of weights and gradients, and small tensors, are copied to.
         every, all_weights: when weights are copied: every so many steps, or at every step.
         step, seconds: number of the first step, and wall time recorded before it.
         capture: what captures single samples; None for nothing.
@@ -48,6 +49,7 @@ class Loop:
         loss_fn: Any,
         rows: RowBlocks,
         gradients: RowBlocks,
+        pool: TensorPool,
         *,
         every: int,
         all_weights: bool,
@@ -62,7 +64,7 @@ class Loop:
         self._model, self._optimizer = model, optimizer
         self._parameters = list(model.parameters())
         self._buffers = buffers(model)
-        self._rows, self._gradients = rows, gradients
+        self._rows, self._gradients, self._pool = rows, gradients, pool
         self._every, self._all_weights = every, all_weights
         self.step = step
         self._zero = time.perf_counter() - seconds
@@ -94,6 +96,7 @@ class Loop:
 
     def begin_batch(self, ids: Any, size: int, source: int, epoch: int, batch: Any) -> None:
         """A batch goes out to the loop."""
+        self._batch = None
         self.seal()
         target = batch[-1] if isinstance(batch, (list, tuple)) and len(batch) == 2 else None
         self._batch = Batch(ids, size, source, epoch, target, self._before_forward(), logs=self._loose_logs)
@@ -129,6 +132,10 @@ class Loop:
             record.logs.update(batch.logs)
         if not record.batches:
             record.logs, self._loose_logs = self._loose_logs, {}
+        for batch in record.batches:
+            batch.target, batch.rng = None, {}  # used by now
+            if isinstance(batch.ids, list) and (self._batch is None or batch.ids is not self._batch.ids):
+                batch.ids = self._pool.copy(torch.tensor(batch.ids))
         # Cleared last: an interrupt in between hands the record over twice, and the writer takes it once.
         self._emit(self._ready(record))
         self._record = None
@@ -194,7 +201,7 @@ class Loop:
             self._say_once("unreduced", "per-sample losses are not recorded: loss_fn has no reduction='none'.")
         if outputs.is_cpu and outputs.nbytes <= DEFERRED_BYTES:
             # Copies: a loop may change its tensors, or a loader fill the same ones again.
-            batch.evaluated = outputs.detach().clone(), targets.detach().clone()
+            batch.evaluated = self._pool.copy(outputs), self._pool.copy(targets)
             return
         found = self._evaluator(outputs.detach(), targets, batch.size)
         batch.losses, batch.shares, batch.correct = found.losses, found.shares, found.correct
@@ -328,7 +335,10 @@ class Loop:
             record.raw_gradient = self._gradients.copy(self._watching.copies)
 
     def _ready(self, record: StepRecord) -> StepRecord:
-        """Send what is on a GPU on its way, and count the bytes that the record holds."""
+        """Move small tensors into the pool, send what is on a GPU on its way, count the bytes that the record holds."""
+        for holder, name in ((record, "rng"), (record, "norms"), *((batch, "loss") for batch in record.batches)):
+            if getattr(holder, name) is not None:
+                setattr(holder, name, self._pool.copy(getattr(holder, name)))
         if any(p.is_cuda for p in self._parameters):
             stage(record)
         rows = sum(place is not None for place in (record.row, record.seen_gradient, record.raw_gradient))

@@ -19,6 +19,7 @@ from nbdyn.recorder.capture.steps import StepCapture
 from nbdyn.recorder.describe import describe, named_parameters, row_dtype
 from nbdyn.recorder.loop import Loop
 from nbdyn.recorder.losses import Evaluator
+from nbdyn.recorder.pool import TensorPool
 from nbdyn.recorder.rows import RowBlocks
 from nbdyn.recorder.sink import Listener, Sink
 from nbdyn.recorder.target import Target, open_target
@@ -115,8 +116,9 @@ class Recorder:
                     self._edges(capture.cells.around, self._target.store())  # what is wrong with it is said now
                 self._capture = self._make_capture(model, capture, limit)
             evaluator = Evaluator(loss_fn)
+            pool = TensorPool()
             sink = self._sink = Sink(
-                self._target, self._rows, gradients, evaluator, self._capture, self._edges, memory, limit
+                self._target, self._rows, gradients, pool, evaluator, self._capture, self._edges, memory, limit
             )
             self._loop = Loop(
                 model,
@@ -124,6 +126,7 @@ class Recorder:
                 loss_fn,
                 self._rows,
                 gradients,
+                pool,
                 every=self._every,
                 all_weights=self._all_weights,
                 step=self._target.start,

@@ -18,6 +18,7 @@ from nbdyn.recorder.capture.steps import StepCapture
 from nbdyn.recorder.committer import Batch, Committer, use_one_core
 from nbdyn.recorder.losses import Evaluator
 from nbdyn.recorder.pipeline import Pipeline
+from nbdyn.recorder.pool import TensorPool
 from nbdyn.recorder.rows import RowBlocks
 from nbdyn.recorder.target import Target, finish_metadata
 from nbdyn.settings import format_size, say
@@ -33,6 +34,8 @@ SEGMENT_SECONDS_MOST = 30.0
 """Steps wait about a second before they are committed, in long runs a 200th of the time so far, at most 30 s: the
 number of fragments stays in the low thousands, which is what TileDB opens quickly."""
 SEGMENT_BYTES = 24_000_000
+SEGMENT_JOURNAL_BYTES = 128_000_000
+"""A segment is committed once it holds so much, in memory or in its journal, which compaction takes up as one."""
 ALIGNED_SECONDS = 10.0
 """Rows of every step are committed in whole tiles, unless they have waited so long."""
 
@@ -61,13 +64,14 @@ class Sink:
         target: Target,
         rows: RowBlocks,
         gradients: RowBlocks,
+        pool: TensorPool,
         evaluator: Evaluator,
         capture: StepCapture | None,
         edges_of: EdgesOf,
         memory: int,
         budget: int,
     ) -> None:
-        self._target, self._capture = target, capture
+        self._target, self._capture, self._pool = target, capture, pool
         self._journal: JournalWriter | None = None
         self._segment = target.segment  # number of the last segment that was handed on
         self._unwoken = 0  # bytes captured since the writer was woken; the training thread counts them
@@ -82,7 +86,7 @@ class Sink:
         self._notes: list[tuple[int, int, str, str]] = []
         self._next = target.start
         self._gap = False
-        self._committer = Committer(target, rows, self._assembler, edges_of, memory // 2, budget)
+        self._committer = Committer(target, rows, pool, self._assembler, edges_of, memory // 4, budget)
         self._pipeline = Pipeline("nbdyn-writer", self._work, memory // 2, use_one_core)
 
     @property
@@ -235,6 +239,7 @@ class Sink:
         patience = (time.perf_counter() - self._began) * SEGMENT_SHARE
         patience = min(max(SEGMENT_SECONDS, patience), SEGMENT_SECONDS_MOST)
         large = sum(record.nbytes - record.journaled for record in self._open) >= SEGMENT_BYTES
+        large |= self._journal is not None and self._journal.nbytes >= SEGMENT_JOURNAL_BYTES
         if not (large or age >= patience):
             return 0
         return self._aligned() or (count if age >= max(patience, ALIGNED_SECONDS) else 0)
@@ -290,6 +295,7 @@ class Sink:
         self._journaled -= len(records)
         journal_bytes = self._finish_journal()
         segment = self._assembler.segment(records)
+        self._strip(records)
         with self._noting:
             segment.notes, self._notes = self._notes, []
         nbytes = sum(record.nbytes - record.journaled for record in records)
@@ -297,6 +303,16 @@ class Sink:
         self._segment += segment.count > 0
         self._since = time.perf_counter()
         return nbytes
+
+    def _strip(self, records: list[StepRecord]) -> None:
+        """Let go of what is in the segment now, but for what a live view that comes late is shown."""
+        for record in records:
+            self._pool.give_back(record.rng)
+            record.rng = record.snapshot = None
+            for batch in record.batches:
+                for t in (batch.ids, *(batch.evaluated or ())):
+                    self._pool.give_back(t)
+                batch.ids = batch.evaluated = batch.losses = batch.shares = batch.correct = None
 
 
 def _live_columns(records: list[StepRecord]) -> dict[str, np.ndarray] | None:

@@ -109,9 +109,13 @@ def object_type(uri: str) -> str | None:
 
 @contextlib.contextmanager
 def reading(uri: str) -> Iterator[None]:
-    """Turn any failure of TileDB while reading `uri` into a CorruptRun that names it and the way out."""
+    """Turn any failure of TileDB while reading `uri` into a CorruptRun that names it and the way out.
+
+    Inside, our context is TileDB's default one, which its queries use: the one that it would make takes Ctrl-C.
+    """
     try:
-        yield
+        with tiledb().scope_ctx(context(uri)):
+            yield
     except tiledb().TileDBError as error:
         raise CorruptRun(
             f"cannot read {uri}: {_reason(error)}. Type `python -m nbdyn verify {parent(uri)}` to see what is damaged "

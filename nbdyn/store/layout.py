@@ -65,10 +65,19 @@ def _dim(ctx: Any, name: str, size: int, tile: int, dtype: Any = np.uint32, filt
     return tiledb().Dim(name, domain=(0, size - 1), tile=min(tile, size), dtype=dtype, filters=filters, ctx=ctx)
 
 
-def _packed() -> Any:
+def _packed(ctx: Any) -> Any:
     """Byte shuffle, zstd and a checksum: for the small arrays, where it costs the writer nothing to speak of."""
     t = tiledb()
-    return t.FilterList([t.ByteShuffleFilter(), t.ZstdFilter(1), t.ChecksumMD5Filter()])
+    return _filters(ctx, t.ByteShuffleFilter(ctx=ctx), t.ZstdFilter(1, ctx=ctx), t.ChecksumMD5Filter(ctx=ctx))
+
+
+def _checksum(ctx: Any) -> Any:
+    return _filters(ctx, tiledb().ChecksumMD5Filter(ctx=ctx))
+
+
+def _filters(ctx: Any, *filters: Any) -> Any:
+    """A list of filters. All in our context: TileDB's default one, made where none is given, takes Ctrl-C."""
+    return tiledb().FilterList(list(filters), ctx=ctx)
 
 
 def _schema(ctx: Any, dims: list[Any], attrs: list[Any], **options: Any) -> Any:
@@ -87,46 +96,44 @@ def _weights(ctx: Any, extent: int, width: int, dtype: str, checked: bool) -> An
     writing cost three times the CPU (0.74 s against 0.20 s for 300 MB). Rows of every step are written raw, as
     compression and checksums would compete with training for the cores.
     """
-    t = tiledb()
     size = np.dtype(dtype).itemsize
-    filters = t.FilterList([t.ChecksumMD5Filter()]) if checked else t.FilterList([])
+    filters = _checksum(ctx) if checked else _filters(ctx)
     tile = max(1, TILE_BYTES // (size * extent))
     dims = [_dim(ctx, "step", MAX_STEP, extent), _dim(ctx, "parameter", width, tile)]
     return _schema(ctx, dims, [_attr(ctx, "bits", f"u{size}", filters=filters)])
 
 
 def _state(ctx: Any) -> Any:
-    t = tiledb()
     dims = [
-        _dim(ctx, "step", MAX_STEP, 2**20, filters=_packed()),
-        _dim(ctx, "part", MAX_STEP, MAX_STEP, filters=_packed()),
+        _dim(ctx, "step", MAX_STEP, 2**20, filters=_packed(ctx)),
+        _dim(ctx, "part", MAX_STEP, MAX_STEP, filters=_packed(ctx)),
     ]
-    data = _attr(ctx, "data", np.uint8, var=True, filters=t.FilterList([t.ChecksumMD5Filter()]))
+    data = _attr(ctx, "data", np.uint8, var=True, filters=_checksum(ctx))
     return _schema(ctx, dims, [data], sparse=True)
 
 
 def _scalars(ctx: Any) -> Any:
     dims = [_dim(ctx, "step", MAX_STEP, 256), _dim(ctx, "column", MAX_COLUMNS, 16)]
-    return _schema(ctx, dims, [_attr(ctx, "value", np.float64, fill=np.nan, filters=_packed())])
+    return _schema(ctx, dims, [_attr(ctx, "value", np.float64, fill=np.nan, filters=_packed(ctx))])
 
 
 def _visits(ctx: Any) -> Any:
     # One position tile spans the whole domain: rows sorted by (step, position) are then in global order.
     dims = [
-        _dim(ctx, "step", MAX_STEP, 2**20, filters=_packed()),
-        _dim(ctx, "position", MAX_POSITIONS, MAX_POSITIONS, filters=_packed()),
+        _dim(ctx, "step", MAX_STEP, 2**20, filters=_packed(ctx)),
+        _dim(ctx, "position", MAX_POSITIONS, MAX_POSITIONS, filters=_packed(ctx)),
     ]
     kinds = (("sample", np.int64), ("loss", np.float32), ("correct", np.int8))
-    attrs = [_attr(ctx, name, dtype, filters=_packed()) for name, dtype in kinds]
+    attrs = [_attr(ctx, name, dtype, filters=_packed(ctx)) for name, dtype in kinds]
     return _schema(ctx, dims, attrs, sparse=True, capacity=16_384)
 
 
 def _notes(ctx: Any) -> Any:
     dims = [
-        _dim(ctx, "step", MAX_STEP, 2**20, filters=_packed()),
-        _dim(ctx, "time", 2**62, 2**61, dtype=np.uint64, filters=_packed()),
+        _dim(ctx, "step", MAX_STEP, 2**20, filters=_packed(ctx)),
+        _dim(ctx, "time", 2**62, 2**61, dtype=np.uint64, filters=_packed(ctx)),
     ]
-    attrs = [_attr(ctx, name, np.uint8, var=True, filters=_packed()) for name in ("kind", "text")]
+    attrs = [_attr(ctx, name, np.uint8, var=True, filters=_packed(ctx)) for name in ("kind", "text")]
     return _schema(ctx, dims, attrs, sparse=True)
 
 
@@ -145,7 +152,7 @@ STEP_ATTRIBUTES: tuple[tuple[str, Any], ...] = (
 
 
 def _steps(ctx: Any) -> Any:
-    attrs = [_attr(ctx, name, dtype, filters=_packed()) for name, dtype in STEP_ATTRIBUTES]
+    attrs = [_attr(ctx, name, dtype, filters=_packed(ctx)) for name, dtype in STEP_ATTRIBUTES]
     return _schema(ctx, [_dim(ctx, "step", MAX_STEP, 1024)], attrs)
 
 
@@ -197,7 +204,7 @@ def bits_schema(ctx: Any, columns: int, itemsize: int, use: str) -> Any:
         _dim(ctx, "row", MAX_ROWS, rows, dtype=np.uint64),
         _dim(ctx, "column", columns, wide, dtype=np.uint64),
     ]
-    return _schema(ctx, dims, [_attr(ctx, "bits", f"u{itemsize}", filters=_packed())])
+    return _schema(ctx, dims, [_attr(ctx, "bits", f"u{itemsize}", filters=_packed(ctx))])
 
 
 def calls_schema(ctx: Any, fields: int) -> Any:
@@ -206,7 +213,7 @@ def calls_schema(ctx: Any, fields: int) -> Any:
         _dim(ctx, "entry", MAX_ROWS, 8192, dtype=np.uint64),
         _dim(ctx, "field", fields, 1, dtype=np.uint64),
     ]
-    return _schema(ctx, dims, [_attr(ctx, "value", np.int64, filters=_packed())])
+    return _schema(ctx, dims, [_attr(ctx, "value", np.int64, filters=_packed(ctx))])
 
 
 def parameter_dtype(parameters: int) -> Any:
@@ -221,12 +228,13 @@ def gradients_schema(ctx: Any, parameters: int) -> Any:
     to write than unordered ones. Duplicates: a sample may be visited twice in a step.
     """
     t = tiledb()
-    deltas = t.FilterList([t.DeltaFilter(), t.ByteShuffleFilter(), t.ZstdFilter(1), t.ChecksumMD5Filter()])
+    packers = t.ByteShuffleFilter(ctx=ctx), t.ZstdFilter(1, ctx=ctx), t.ChecksumMD5Filter(ctx=ctx)
+    deltas = _filters(ctx, t.DeltaFilter(ctx=ctx), *packers)
     samples = 2**62
     dims = [
-        _dim(ctx, "step", MAX_STEP, 1, filters=_packed()),
+        _dim(ctx, "step", MAX_STEP, 1, filters=_packed(ctx)),
         _dim(ctx, "parameter", parameters, parameters, parameter_dtype(parameters), deltas),
-        t.Dim("sample", domain=(-1, samples), tile=samples, dtype=np.int64, filters=_packed(), ctx=ctx),
+        t.Dim("sample", domain=(-1, samples), tile=samples, dtype=np.int64, filters=_packed(ctx), ctx=ctx),
     ]
-    value = _attr(ctx, "value", np.float32, filters=_packed())
+    value = _attr(ctx, "value", np.float32, filters=_packed(ctx))
     return _schema(ctx, dims, [value], sparse=True, capacity=65_536, allows_duplicates=True)

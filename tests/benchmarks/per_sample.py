@@ -15,11 +15,13 @@ import itertools
 import json
 import os
 import platform
+import re
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -123,7 +125,7 @@ class Flat(nn.Module):
 
 @dataclass
 class Result:
-    """Of one training: seconds of the loop and of the loop with close, bytes on disk, visits, peak memory in MB."""
+    """Of one training: seconds of the loop and with close, bytes on disk, visits, MB of memory that it took at most."""
 
     loop: float
     whole: float
@@ -133,14 +135,16 @@ class Result:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-def train(problem: Problem, folder: Path | None, epochs: int, steps: int | None, **options: Any) -> Result:
+def train(
+    problem: Problem, data: TensorDataset, folder: Path | None, epochs: int, steps: int | None, **options: Any
+) -> Result:
     """Train, recorded to a folder or plain."""
-    data = problem.data()
     torch.manual_seed(0)
     model, loss_fn = problem.make(), Flat()
     optimizer = torch.optim.SGD(model.parameters(), lr=problem.rate, momentum=0.9)
     loader = batches_of(data, problem.batch)
     rec = None if folder is None else nbdyn.record(folder, model, optimizer, loss_fn, **options)
+    memory = Memory()
     began, count, visits = time.perf_counter(), 0, 0
     for _ in range(epochs):
         for x, y in loader if rec is None else rec.watch(loader):
@@ -157,9 +161,37 @@ def train(problem: Problem, folder: Path | None, epochs: int, steps: int | None,
         notes["journal"] = sum(f.stat().st_size for f in (folder / "journal").glob("*")) if folder else 0
         rec.close()
     whole = time.perf_counter()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+    peak = memory.stop()
     n_bytes = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if folder else 0
     return Result(looped - began, whole - began, n_bytes, visits, peak, notes)
+
+
+class Memory(threading.Thread):
+    """Watches how much memory of its own the process has, 20 times a second: files that it maps are not counted."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._ended = threading.Event()
+        self._first = self._most = self._now()
+        self.start()
+
+    def run(self) -> None:
+        while not self._ended.wait(0.05):
+            self._most = max(self._most, self._now())
+
+    @staticmethod
+    def _now() -> float:
+        try:
+            found = re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())
+        except FileNotFoundError:  # not Linux
+            found = None
+        return int(found[1]) / 1000 if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+
+    def stop(self) -> float:
+        """How much more it has been than at first, in MB."""
+        self._ended.set()
+        self.join()
+        return max(self._most, self._now()) - self._first
 
 
 def batches_of(data: Dataset[Any], batch: int) -> DataLoader[Any]:
@@ -190,12 +222,13 @@ def measure(chosen: argparse.Namespace) -> None:
     options = {} if chosen.contestant == "plain" else CONTESTANTS[chosen.contestant]
     with tempfile.TemporaryDirectory(prefix="nbdyn-benchmark-") as scratch:
         folder = None if chosen.contestant == "plain" else Path(scratch) / "run"
-        train(problem, None, 1, 20)  # warms torch and the data
+        data = problem.data()
+        train(problem, data, None, 1, 20)  # warms torch and the data
         if folder is not None:
-            train(problem, Path(scratch) / "warm", 1, 5, **options)
+            train(problem, data, Path(scratch) / "warm", 1, 5, **options)
         if chosen.warm:
             warm(chosen.warm)
-        print(json.dumps(vars(train(problem, folder, chosen.epochs, chosen.steps, **options))))
+        print(json.dumps(vars(train(problem, data, folder, chosen.epochs, chosen.steps, **options))))
 
 
 CONTESTANTS: dict[str, dict[str, Any]] = {
@@ -276,7 +309,7 @@ def others(chosen: argparse.Namespace) -> None:
                 seconds.setdefault(name, []).append(elapsed / count)
         with tempfile.TemporaryDirectory(prefix="nbdyn-benchmark-") as scratch:
             nbdyn.options.quiet = True
-            result = train(FOUNDING, Path(scratch) / "run", 1, steps)
+            result = train(FOUNDING, data, Path(scratch) / "run", 1, steps)
             if repeat:
                 seconds.setdefault("nbdyn, loop", []).append(result.loop / steps)
                 seconds.setdefault("nbdyn, loop + close", []).append(result.whole / steps)
