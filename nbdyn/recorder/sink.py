@@ -86,7 +86,7 @@ class Sink:
         self._notes: list[tuple[int, int, str, str]] = []
         self._next = target.start
         self._gap = False
-        self._committer = Committer(target, rows, pool, self._assembler, edges_of, memory // 4, budget)
+        self._committer = Committer(target, rows, pool, self._assembler, edges_of, memory // 2, budget)
         self._pipeline = Pipeline("nbdyn-writer", self._work, memory // 2, use_one_core)
 
     @property
