@@ -145,6 +145,11 @@ class Arena:
         """What to wait for before tensors kept so far are read; None where they are complete."""
         return None if self._side is None else self._side.record_event()
 
+    def wait(self) -> None:
+        """Wait until what was kept is complete; training waits, too."""
+        if self._side is not None:
+            self._side.synchronize()
+
     def release(self, spans: list[Span]) -> None:
         """A record's tensors are written (called on the writer's thread)."""
         with self._lock:

@@ -646,6 +646,28 @@ def test_an_interrupt_while_a_step_is_handed_over(method: str, tmp_path: Path, m
     np.testing.assert_array_equal(run.weights["all"], reference(taken))
 
 
+def test_two_backward_passes_on_one_batch_keep_its_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As sharpness-aware minimization does; memory of what was written is used again at once."""
+    monkeypatch.setattr("nbdyn.recorder.sink.SEGMENT_SECONDS", 0.0)
+    monkeypatch.setattr("nbdyn.recorder.pipeline.WAKE_SECONDS", 0.001)
+    training, losses = Training(), []
+    with training.record(tmp_path / "fc", weights="every") as rec:
+        for number in range(40):
+            ids = training.ids(number)
+            rec.batch(ids)
+            for each in range(2):
+                loss = training.loss_fn(training.model(training.inputs[ids]), training.targets[ids])
+                training.optimizer.zero_grad()
+                loss.backward()
+                losses += [float(loss.detach())] * (each == 0)  # the one before the first backward pass
+            training.optimizer.step()
+            time.sleep(0.002)
+    run = nbdyn.open(tmp_path / "fc")
+    np.testing.assert_allclose(run.steps["loss"], losses, rtol=1e-6)
+    expected = np.concatenate([training.ids(number) for number in range(40)])
+    np.testing.assert_array_equal(run.visits["sample"], expected)
+
+
 def test_a_step_that_fails_is_no_step(tmp_path: Path) -> None:
     """The optimizer raises once; the loop catches that and goes on."""
     training = Training(kind=torch.optim.SGD)

@@ -322,6 +322,7 @@ class Capture:
                 call = calls[c.site] = calls.get(c.site, -1) + 1
                 size = len(next(iter(c.tensors.values())))
                 if c.holds != self._arena.holds:  # in memory that an earlier record gives back once that is written
+                    self._arena.wait()
                     c.tensors = {slot: t.copy() for slot, t in c.tensors.items()}
                 if "p" in c.tensors:
                     c.tensors["p"] = (c.tensors["p"] + position).astype(np.int32)
