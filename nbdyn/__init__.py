@@ -20,18 +20,18 @@ if TYPE_CHECKING:
     from nbdyn.accessor import as_frame as as_frame
     from nbdyn.accessor import dyn as dyn
     from nbdyn.cells import WriteOut as WriteOut
+    from nbdyn.folder import runs as runs
+    from nbdyn.recording import record as record
     from nbdyn.run import Run as Run
     from nbdyn.run import open as open
-    from nbdyn.run import record as record
-    from nbdyn.run import runs as runs
     from nbdyn.settings import options as options
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "record": "nbdyn.run",
+    "record": "nbdyn.recording",
     "open": "nbdyn.run",
-    "runs": "nbdyn.run",
+    "runs": "nbdyn.folder",
     "Run": "nbdyn.run",
     "WriteOut": "nbdyn.cells",
     "dyn": "nbdyn.accessor",

@@ -51,7 +51,7 @@ def _run(options: argparse.Namespace) -> int:
             print(removed.to_string(index=False))
         return 0
     if options.command == "compact":
-        from nbdyn.run import compact
+        from nbdyn.recording import compact
 
         print(f"{compact(options.path)}.")
         return 0

@@ -192,12 +192,13 @@ class DynMagics(Magics):
         return run.open(_unquoted(path))
 
     def _runs(self, options: _Options, folder: str) -> Any:
-        from nbdyn import run
+        from nbdyn.folder import runs
+        from nbdyn.run import current
 
         if folder:
-            return run.runs(_unquoted(folder))
-        asked = self._run(options) if options.run else run.current()
-        return run.runs() if asked is None else run.runs(_folder(asked))
+            return runs(_unquoted(folder))
+        asked = self._run(options) if options.run else current()
+        return runs() if asked is None else runs(_folder(asked))
 
     def _run(self, options: _Options) -> Run:
         """The run that is asked: of the option, or the one opened last.

@@ -1,29 +1,25 @@
-"""The doors: record a run, open one, list those of a folder; everything one can do with a run is a method here."""
+"""The door out: open a run; everything one can do with it is a method here."""
 
 from __future__ import annotations
 
 import html
 import os
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from nbdyn import accessor  # noqa: F401  (importing it registers df.dyn, for the frames that runs give)
-from nbdyn.cells import WriteOut
 from nbdyn.errors import NbdynError
-from nbdyn.settings import format_size
+from nbdyn.folder import weights_words
+from nbdyn.moment import Moment
 from nbdyn.store import Store, Weights, frames
-from nbdyn.store.backend import basename, context, is_local, join, normalize, object_type, tiledb
 from nbdyn.store.gradients import Gradients
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from nbdyn.recorder.recorder import Recorder
     from nbdyn.recorder.replay import Replay
-    from nbdyn.store.compact import Compaction
     from nbdyn.widgets.cockpit import Cockpit
 
 _current: Run | None = None
@@ -133,7 +129,7 @@ class Run:
         """
         step = step + len(self) + 1 if step < 0 else step
         self.weights.require(step)
-        return Moment(self, step)
+        return Moment(self.store, step)
 
     def replay(
         self,
@@ -197,7 +193,7 @@ class Run:
     def __repr__(self) -> str:
         return (
             f"<Run {self.name}: {self.status}, {len(self):,} steps, {self.config['model']} with "
-            f"{self.store.parameters:,} parameters, weights {_weights_words(self.config)}>"
+            f"{self.store.parameters:,} parameters, weights {weights_words(self.config)}>"
         )
 
     def _repr_html_(self) -> str:
@@ -210,7 +206,7 @@ class Run:
             "last loss": "" if last is None else f"{last['loss']:.4g}",
             "model": f"{self.config['model']}, {self.store.parameters:,} parameters",
             "optimizer": self.config["optimizer"]["name"],
-            "weights": _weights_words(self.config),
+            "weights": weights_words(self.config),
             "recorded": self.config["created"],
         }
         cells = "".join(
@@ -219,107 +215,6 @@ class Run:
             for key, value in rows.items()
         )
         return f"<div class='nbdyn-run'><b>{html.escape(self.name)}</b><table>{cells}</table></div>"
-
-
-class Moment:
-    """The training state before one step. Made by `run.at(step)`."""
-
-    def __init__(self, run: Run, step: int) -> None:
-        self._run, self.step = run, step
-
-    def load_into(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Put the recorded weights and buffers into a model, in place; with an optimizer, its state too.
-
-        Raises:
-            Incompatible: if the model has other parameters.
-            NotRecorded: if the optimizer's state is not stored at this step (it is at snapshots).
-        """
-        from nbdyn.recorder.replay import load_state
-
-        load_state(self._run.store, self.step, model, optimizer)
-
-    def __repr__(self) -> str:
-        return f"<{self._run.name} before step {self.step}>"
-
-
-def record(
-    path: str | os.PathLike[str],
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    loss_fn: Any = None,
-    *,
-    data: Any = None,
-    weights: str = "snapshots",
-    snapshot_every: int = 50,
-    per_sample: bool = True,
-    layers: str | Sequence[str] | None = None,
-    every: int = 1,
-    fraction: float = 1.0,
-    project: int | None = None,
-    cells: int | str | WriteOut | None = 64,
-    mode: str = "new",
-    budget: str = "20 GB",
-    note: str | None = None,
-) -> Recorder:
-    """Record the training that follows; returns the recorder, usable with or without `with`.
-
-    Per step: epoch, sample ids, loss, per-sample loss and correctness, learning rates, gradient norm of every
-    tensor, wall time, what a replay needs; every `snapshot_every` steps weights, buffers and optimizer state; and
-    the gradient of every single sample, exactly, in factors (see `docs/per-sample.md`). On the training thread
-    only copies are made; a thread of low priority writes. What waits for it is bounded by
-    `nbdyn.options.memory`; when it falls behind, training waits, nothing is dropped.
-
-        rec = nbdyn.record("runs/fc", model, optimizer, loss_fn)
-        for x, y in rec.watch(loader):
-            ...                                  # the loop stays as it was
-        rec.close()
-
-    Args:
-        path: a folder or any TileDB URI.
-        model: what is trained.
-        optimizer: a step is its `step()`; GradScaler's skipped steps are kept, marked skipped.
-        loss_fn: the loss of the loop; a `torch.nn` loss module is hooked, a plain function evaluated once more
-            on the model's output and the last element of the batch.
-        data: the data set that was trained on; `mode="resume"` replays with it.
-        weights: "snapshots" (every `snapshot_every` steps) or "every" (every step; a row is 4 bytes a parameter).
-        snapshot_every: steps between snapshots.
-        per_sample: whether the gradients of single samples are recorded.
-        layers: names or patterns of the layers or tensors that per-sample gradients are recorded of; None: all.
-        every: per-sample gradients are recorded at every so-many-th step.
-        fraction: share of the samples that they are recorded of, the same samples at every step.
-        project: dimension of seeded random projections of the factors of linear layers; results are then approximate.
-        cells: which cells are written out one by one, too, for plain tiledb: so many of largest |c| of each tensor
-            and step, or a selector ("fc3.*": all of its cells), or `nbdyn.WriteOut(...)`; None for none.
-        mode: "new" (an existing path gets the next free name), "resume" (go on after the last committed step)
-            or "replace".
-        budget: bytes on disk at which recording stops with an error; training can then go on unrecorded.
-        note: the first line of the run's logbook.
-
-    Raises:
-        RunBusy: if a live writer of another process holds the path.
-        NbdynError: if the path cannot be written, or an argument is not one of the known ones.
-        Incompatible: if the model cannot be recorded, or a run to resume had another.
-    """
-    from nbdyn.query.execute import rising_edges
-    from nbdyn.recorder.capture.options import capture_options
-    from nbdyn.recorder.recorder import Recorder
-
-    capture = capture_options(layers, every, fraction, project, cells)
-    return Recorder(
-        os.fspath(path),
-        model,
-        optimizer,
-        loss_fn,
-        data=data,
-        weights=weights,
-        snapshot_every=snapshot_every,
-        capture=capture if per_sample else None,
-        edges_of=rising_edges,
-        mode=mode,
-        budget=budget,
-        note=note,
-        view=_live_cockpit,
-    )
 
 
 def open(path: str | os.PathLike[str] | Recorder, model: nn.Module | None = None, data: Any = None) -> Run:
@@ -341,78 +236,6 @@ def open(path: str | os.PathLike[str] | Recorder, model: nn.Module | None = None
     return run
 
 
-def compact(path: str | os.PathLike[str]) -> Compaction:
-    """Compress what a killed recording left raw of single samples; recorders do it themselves when they close.
-
-    Raises:
-        RunBusy: if a live writer holds the run.
-        CorruptRun: if what was captured is damaged.
-        NbdynError: if the place cannot be written.
-    """
-    from nbdyn.query.execute import rising_edges
-    from nbdyn.store import compact as compaction
-    from nbdyn.store.written import cells_of
-
-    store = Store(path)
-    return compaction.compact(store, cells=cells_of(store, rising_edges))
-
-
-def runs(folder: str | os.PathLike[str] = "runs") -> pd.DataFrame:
-    """The runs of a folder, one row each: run, status, steps, epochs, loss (last), model, weights, size, problem.
-
-    A damaged run is listed with its problem; folders that are no runs are left out.
-
-    Raises:
-        NbdynError: if the folder does not exist.
-    """
-    uri = normalize(folder)
-    vfs = tiledb().VFS(ctx=context(uri))
-    if not vfs.is_dir(uri):
-        raise NbdynError(f"no folder {os.fspath(folder)}; give the folder that holds your runs.")
-    rows = [_row_of(join(uri, basename(path))) for path in sorted(vfs.ls(uri)) if object_type(path) == "group"]
-    columns = ["run", "status", "steps", "epochs", "loss", "model", "weights", "size", "problem"]
-    return pd.DataFrame(rows, columns=columns)
-
-
-def _row_of(uri: str) -> dict[str, Any]:
-    try:
-        store = Store(uri)
-        last = frames.steps(store, max(0, store.steps_committed - 1))
-    except NbdynError as error:
-        return {"run": basename(uri), "status": "corrupt", "steps": 0, "problem": str(error)}
-    return {
-        "run": store.name,
-        "status": store.status,
-        "steps": store.steps_committed,
-        "epochs": int(last["epoch"].iloc[-1]) + 1 if len(last) else 0,
-        "loss": float(last["loss"].iloc[-1]) if len(last) else float("nan"),
-        "model": store.config["model"],
-        "weights": _weights_words(store.config),
-        "size": format_size(_disk_bytes(uri)),
-        "problem": "",
-    }
-
-
-def _disk_bytes(uri: str) -> int:
-    """Bytes of all files of a run."""
-    if not is_local(uri):
-        return int(tiledb().VFS(ctx=context(uri)).dir_size(uri))
-    return sum(os.path.getsize(os.path.join(root, file)) for root, _, files in os.walk(uri) for file in files)
-
-
-def _weights_words(config: dict[str, Any]) -> str:
-    return "every step" if config["weights"] == "every" else f"every {config['every']} steps"
-
-
-def _live_cockpit(recorder: Recorder) -> Cockpit:
-    """The live view of a recorder."""
-    from nbdyn.widgets.cockpit import Cockpit
-
-    view = Cockpit(basename(recorder.uri), uri=recorder.uri)
-    recorder.listen(view)
-    return view
-
-
 def current() -> Run | None:
     """The run opened last, None before the first."""
     return _current
@@ -424,4 +247,4 @@ def set_current(run: Run) -> None:
     _current = run
 
 
-__all__ = ["Moment", "Run", "compact", "current", "open", "record", "runs", "set_current"]
+__all__ = ["Moment", "Run", "current", "open", "set_current"]

@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         data = torch.utils.data.TensorDataset(torch.randn(12, 3), torch.arange(12) % 2)
         order = torch.Generator().manual_seed(seed)
         loader = torch.utils.data.DataLoader(data, batch_size=4, shuffle=True, generator=order)
-        with nbdyn.run.record(path / name, model, optimizer, loss_fn, weights="every") as recorder:
+        with nbdyn.record(path / name, model, optimizer, loss_fn, weights="every") as recorder:
             for _ in range(2):
                 for x, y in recorder.watch(loader):
                     optimizer.zero_grad()

@@ -153,6 +153,75 @@ class Show(Node):
 
 
 @dataclass(frozen=True)
+class Measure(Node):
+    """A number made of the cells (visit, parameter) of a quantity: what `top`, `group` and `show ... of` speak of.
+
+    Attributes:
+        aggregate: sum, mean, max, var, count (cells other than 0), norm, share, or net, path (displacements, of dw).
+        quantity: g (a sample's own gradient), grad (the batch's), w, dw, act, err.
+        magnitude: whether it is taken of |quantity|: `sum |g|`.
+        absolute: whether |...| stands around the whole: `|sum g|`.
+        condition: of `share |g| > 1e-3`: operator and threshold (a number, or the word "explode"); None elsewhere.
+    """
+
+    aggregate: str
+    quantity: str
+    magnitude: bool = False
+    absolute: bool = False
+    condition: tuple[str, float | str] | None = None
+    position: int = _position()
+
+
+@dataclass(frozen=True)
+class In(Node):
+    """Whether the sample of a row is among those of a named result: `sample in hot`."""
+
+    field: str
+    name: str
+    position: int = _position()
+
+
+@dataclass(frozen=True)
+class Top(Node):
+    """The members of largest measure: `top 20 samples per weight of fc1.* by sum |g| during epoch 7`.
+
+    Attributes:
+        count: how many, or how many percent.
+        percent: whether `count` is a percentage of the members.
+        what: singular of what is ranked, a word of MEMBERS.
+        per: singular of what each ranking belongs to, a word of MEMBERS; None for one ranking.
+        selector: parameters; None for all.
+        by: a measure of cells, or an expression over the fields of visits or steps.
+        within: of `approximately within 5%`, 0.05; None for exact answers.
+    """
+
+    count: float
+    percent: bool
+    what: str
+    per: str | None
+    selector: Selector | None
+    by: Measure | Expression
+    scope: Scope = Scope()
+    where: Expression | None = None
+    within: float | None = None
+    position: int = _position()
+
+
+@dataclass(frozen=True)
+class Group(Node):
+    """Members in bins of their measure: `group weights by sum |grad| into 8 over all`."""
+
+    what: str
+    selector: Selector | None
+    by: Measure | Expression
+    into: int = 8
+    scope: Scope = Scope()
+    where: Expression | None = None
+    within: float | None = None
+    position: int = _position()
+
+
+@dataclass(frozen=True)
 class Becomes(Node):
     """A weight arrives at a value: bit for bit (`within` None), or within a distance of it."""
 
