@@ -31,7 +31,7 @@ STEP_COLUMNS = (
 )  # fmt: skip
 """Columns that `run.steps` always has; logged values follow under their own names."""
 
-VISIT_COLUMNS = ("step", "position", "epoch", "sample", "loss", "correct")
+VISIT_COLUMNS = ("step", "position", "epoch", "sample", "class", "loss", "correct")
 
 SAMPLE_COLUMNS = (
     "sample", "times_seen", "first_step", "last_step", "first_loss", "last_loss", "mean_loss",

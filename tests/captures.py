@@ -77,6 +77,7 @@ class Recording:
             "step": np.repeat(np.arange(start, start + len(sizes), dtype=np.uint32), sizes),
             "position": np.concatenate([np.arange(size, dtype=np.uint32) for size in sizes]),
             "sample": np.concatenate(self.samples[start:]),
+            "target": np.full(total, -1, np.int32),
             "loss": np.zeros(total, np.float32),
             "correct": np.zeros(total, np.int8),
         }

@@ -10,7 +10,7 @@ import torch
 
 from nbdyn.recorder.arena import Span
 from nbdyn.recorder.gradients import single_factor
-from nbdyn.recorder.losses import Evaluator
+from nbdyn.recorder.losses import EVALUATED, Evaluator
 from nbdyn.recorder.rows import Block, RowBlocks, Staged
 from nbdyn.recorder.snapshot import Snapshot, to_bytes
 from nbdyn.recorder.watch import Batch
@@ -112,7 +112,7 @@ class Assembler:
             outputs, targets = zip(*(batch.evaluated for batch in group), strict=True)  # type: ignore[misc]
             sizes = [batch.size for batch in group]
             found = self._evaluator(torch.cat(outputs), torch.cat(targets), sum(sizes))
-            for name in ("losses", "shares", "correct"):
+            for name in EVALUATED:
                 values = getattr(found, name)
                 for batch, part in zip(group, [] if values is None else values.split(sizes), strict=values is not None):
                     setattr(batch, name, part)
@@ -239,6 +239,7 @@ def _visits(records: list[StepRecord]) -> tuple[dict[str, np.ndarray], np.ndarra
         "step": np.repeat(np.array([record.step for record in records], np.uint32), counts),
         "position": (np.arange(total) - starts[owner]).astype(np.uint32),
         "sample": gather("ids", np.int64, -1),
+        "target": gather("classes", np.int32, -1),
         "loss": gather("losses", np.float32, np.nan),
         "correct": correct,
     }
@@ -267,7 +268,7 @@ def stage(record: StepRecord) -> None:
         (holder, name)
         for holder, names in (
             (record, ("norms", "weight_norms", "update_norms")),
-            *((batch, ("loss", "losses", "shares", "correct")) for batch in record.batches),
+            *((batch, ("loss", *EVALUATED)) for batch in record.batches),
         )
         for name in names
         if isinstance(getattr(holder, name), torch.Tensor)

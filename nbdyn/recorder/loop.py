@@ -16,7 +16,7 @@ from nbdyn.recorder.assemble import StepRecord, stage
 from nbdyn.recorder.capture.steps import StepCapture
 from nbdyn.recorder.describe import as_json, buffers
 from nbdyn.recorder.gradients import GradientWatch
-from nbdyn.recorder.losses import Evaluator, LossProbe
+from nbdyn.recorder.losses import EVALUATED, Evaluator, LossProbe
 from nbdyn.recorder.pool import TensorPool
 from nbdyn.recorder.rows import RowBlocks
 from nbdyn.recorder.watch import Batch
@@ -204,7 +204,8 @@ class Loop:
             batch.evaluated = self._pool.copy(outputs), self._pool.copy(targets)
             return
         found = self._evaluator(outputs.detach(), targets, batch.size)
-        batch.losses, batch.shares, batch.correct = found.losses, found.shares, found.correct
+        for name in EVALUATED:
+            setattr(batch, name, getattr(found, name))
 
     def _on_backward(self, fresh: bool) -> None:
         """The current batch has its backward pass; `fresh`: the gradients had been cleared before it."""

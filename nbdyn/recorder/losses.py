@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -51,12 +51,17 @@ class Evaluation:
     Definition: losses[s] is the mean (for reduction "sum": the sum) of the sample's elements of the unreduced loss,
     and the loss of a batch is sum_s losses[s] / scale. For reduction "mean" the scale is sum_s shares[s]: 1 for an
     ordinary sample, its class weight in weighted cross-entropy, the part of its targets that ignore_index leaves;
-    for "sum" it is 1.
+    for "sum" it is 1. classes[s] is the target (int32) of a classification, -1 where the loss ignores it.
     """
 
     losses: torch.Tensor | None
     shares: torch.Tensor | None
     correct: torch.Tensor | None
+    classes: torch.Tensor | None
+
+
+EVALUATED = tuple(field.name for field in fields(Evaluation))
+"""What a batch keeps of its evaluation, each under the same name."""
 
 
 class Evaluator:
@@ -69,21 +74,34 @@ class Evaluator:
     def __init__(self, loss_fn: Any) -> None:
         self._loss_fn = loss_fn
         self.is_sum = reduction_of(loss_fn) == "sum"
+        self._ignored = ignored_class(loss_fn)
         self.unreduced = None if loss_fn is None else unreduced_form(loss_fn)
 
     @torch.no_grad()
     def __call__(self, outputs: Any, targets: Any, size: int) -> Evaluation:
         """Evaluate `size` samples, of one batch or of several joined along the first dimension."""
-        correct = correctness(outputs, targets, size)
+        known = self._classification(outputs, targets, size)
         if self.unreduced is None or not size:
-            return Evaluation(None, None, correct)
+            return Evaluation(None, None, *known)
         elements = self.unreduced(outputs, targets)
         if not isinstance(elements, torch.Tensor) or elements.ndim == 0 or elements.numel() % size:
-            return Evaluation(None, None, correct)
+            return Evaluation(None, None, *known)
         if elements.ndim > 1 or len(elements) != size:
             table = elements.reshape(size, -1)
             elements = table.sum(1) if self.is_sum else table.mean(1)
-        return Evaluation(elements, None if self.is_sum else self._shares(targets, size), correct)
+        return Evaluation(elements, None if self.is_sum else self._shares(targets, size), *known)
+
+    def _classification(
+        self, outputs: Any, targets: Any, size: int
+    ) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+        """Which samples are classified right, (size,) bool, and their classes, (size,) int32; else (None, None)."""
+        if not is_classification(outputs, targets, size):
+            return None, None
+        classes = targets.long()
+        left_out = (classes < 0) | (classes >= outputs.shape[1])
+        if self._ignored is not None:
+            left_out |= classes == self._ignored
+        return outputs.argmax(1) == targets, classes.masked_fill(left_out, -1).int()
 
     def _shares(self, targets: Any, size: int) -> torch.Tensor:
         ignored = getattr(self._loss_fn, "ignore_index", None)
@@ -100,6 +118,11 @@ def reduction_of(loss_fn: Any) -> str:
     """The reduction of a loss: its attribute, its keyword in a partial, or "mean"."""
     keywords = getattr(loss_fn, "keywords", {})
     return getattr(loss_fn, "reduction", keywords.get("reduction", "mean"))
+
+
+def ignored_class(loss_fn: Any) -> int | None:
+    """The class that a loss leaves out: its attribute ignore_index, or its keyword in a partial; None for none."""
+    return getattr(loss_fn, "ignore_index", getattr(loss_fn, "keywords", {}).get("ignore_index"))
 
 
 def unreduced_form(loss_fn: Any) -> Callable[[Any, Any], torch.Tensor] | None:
@@ -119,10 +142,8 @@ def unreduced_form(loss_fn: Any) -> Callable[[Any, Any], torch.Tensor] | None:
     return (lambda outputs, targets: loss_fn(outputs, targets, reduction="none")) if named else None
 
 
-def correctness(outputs: Any, targets: Any, size: int) -> torch.Tensor | None:
-    """Whether each sample is classified right, (size,) bool; None unless outputs are (B, C), targets (B,) classes."""
-    if not isinstance(outputs, torch.Tensor) or not isinstance(targets, torch.Tensor) or len(targets) != size:
-        return None
-    if outputs.ndim == 2 and targets.ndim == 1 and not targets.is_floating_point() and outputs.shape[1] > 1:
-        return outputs.argmax(1) == targets
-    return None
+def is_classification(outputs: Any, targets: Any, size: int) -> bool:
+    """Whether outputs are scores (size, C) of C > 1 classes, and targets the classes (size,)."""
+    if not isinstance(outputs, torch.Tensor) or not isinstance(targets, torch.Tensor) or targets.shape != (size,):
+        return False
+    return outputs.ndim == 2 and outputs.shape[1] > 1 and not targets.is_floating_point()

@@ -16,7 +16,7 @@ from nbdyn.recorder.arena import CHUNK_BYTES, joined
 from nbdyn.recorder.assemble import Assembler, StepRecord
 from nbdyn.recorder.capture.steps import StepCapture
 from nbdyn.recorder.committer import Batch, Committer, use_one_core
-from nbdyn.recorder.losses import Evaluator
+from nbdyn.recorder.losses import EVALUATED, Evaluator
 from nbdyn.recorder.pipeline import Pipeline
 from nbdyn.recorder.pool import TensorPool
 from nbdyn.recorder.rows import RowBlocks
@@ -312,7 +312,9 @@ class Sink:
             for batch in record.batches:
                 for t in (batch.ids, *(batch.evaluated or ())):
                     self._pool.give_back(t)
-                batch.ids = batch.evaluated = batch.losses = batch.shares = batch.correct = None
+                batch.ids = batch.evaluated = None
+                for name in EVALUATED:
+                    setattr(batch, name, None)
 
 
 def _live_columns(records: list[StepRecord]) -> dict[str, np.ndarray] | None:

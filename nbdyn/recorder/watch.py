@@ -33,7 +33,7 @@ class Batch:
         again: whether it is a batch that had its step already (loops may step on it again).
         loss: the value of `loss_fn`, once it was seen at work on the batch.
         evaluated: (outputs, targets) that it was given, copies; the writer evaluates them sample by sample.
-        losses, shares, correct: see `Evaluation`; filled in by the writer, or at once for large outputs.
+        losses, shares, correct, classes: see `Evaluation`; filled in by the writer, or at once for large outputs.
         logs: what the user logged for it.
         captured: what per-sample capture kept of it so far; None where it is not captured, or not any more.
         rows: which of its samples are captured; None for all.
@@ -52,6 +52,7 @@ class Batch:
     losses: torch.Tensor | None = None
     shares: torch.Tensor | None = None
     correct: torch.Tensor | None = None
+    classes: torch.Tensor | None = None
     logs: dict[str, Any] = field(default_factory=dict)
     captured: list[Any] | None = None
     rows: torch.Tensor | None = None

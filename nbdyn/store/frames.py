@@ -53,7 +53,8 @@ def steps(store: Store, start: int = 0, stop: int | None = None) -> pd.DataFrame
 def visits(store: Store, start: int = 0, stop: int | None = None) -> pd.DataFrame:
     """One row a visit (a sample at a position of a step's batch), in the order of training.
 
-    Columns: step; position; epoch; sample (index in the data set, -1 where unknown); loss (of the sample, such
+    Columns: step; position; epoch; sample (index in the data set, -1 where unknown); class (the sample's target,
+    -1 where there are no classes, where it is ignored, and in runs of an older nbdyn); loss (of the sample, such
     that the batch's loss is their sum / scale); correct (1, 0, or -1 where there are no classes).
 
     Args:
@@ -71,6 +72,7 @@ def visits(store: Store, start: int = 0, stop: int | None = None) -> pd.DataFram
             "position": cells["position"].astype(np.int64),
             "epoch": epochs[step - start],
             "sample": cells["sample"].astype(np.int64),
+            "class": cells["target"].astype(np.int32),
             "loss": cells["loss"].astype(np.float32),
             "correct": cells["correct"].astype(np.int8),
         },

@@ -117,14 +117,23 @@ def _scalars(ctx: Any) -> Any:
     return _schema(ctx, dims, [_attr(ctx, "value", np.float64, fill=np.nan, filters=_packed(ctx))])
 
 
+VISIT_ATTRIBUTES: tuple[tuple[str, Any], ...] = (
+    ("sample", np.int64),
+    ("target", np.int32),
+    ("loss", np.float32),
+    ("correct", np.int8),
+)
+"""Attributes of `visits`. Runs of an older nbdyn have no `target`: they are read as if it were -1, and go on
+without it."""
+
+
 def _visits(ctx: Any) -> Any:
     # One position tile spans the whole domain: rows sorted by (step, position) are then in global order.
     dims = [
         _dim(ctx, "step", MAX_STEP, 2**20, filters=_packed(ctx)),
         _dim(ctx, "position", MAX_POSITIONS, MAX_POSITIONS, filters=_packed(ctx)),
     ]
-    kinds = (("sample", np.int64), ("loss", np.float32), ("correct", np.int8))
-    attrs = [_attr(ctx, name, dtype, filters=_packed(ctx)) for name, dtype in kinds]
+    attrs = [_attr(ctx, name, dtype, filters=_packed(ctx)) for name, dtype in VISIT_ATTRIBUTES]
     return _schema(ctx, dims, attrs, sparse=True, capacity=16_384)
 
 

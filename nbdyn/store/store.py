@@ -112,13 +112,19 @@ class Store:
         return {name: table[:, place] for place, name in enumerate(self.columns)}
 
     def read_visits(self, start: int, stop: int) -> dict[str, np.ndarray]:
-        """Columns of `visits` for steps start..stop-1, sorted by (step, position)."""
-        names = ("step", "position", "sample", "loss", "correct")
+        """Columns of `visits` for steps start..stop-1, each (visits,), sorted by (step, position).
+
+        They are step, position, sample, target (the class; -1 for none, and all over runs of an older nbdyn, which
+        did not record it), loss, correct.
+        """
+        names = ("step", "position", "sample", "target", "loss", "correct")
         if stop <= start:
             return {name: np.empty(0, np.int64) for name in names}
         with self.open("visits") as array, reading(array.uri):
             # Unordered reading and our own sort: 15 times faster than TileDB's ordered reader.
             cells = array.query(order="U").multi_index[start : stop - 1]
+        if "target" not in cells:
+            cells["target"] = np.full(len(cells["step"]), -1, np.int32)
         order = np.lexsort((cells["position"], cells["step"]))
         return {name: np.asarray(cells[name])[order] for name in names}
 

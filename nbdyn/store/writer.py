@@ -111,7 +111,9 @@ class SegmentWriter:
             query.layout = lib.LayoutType.GLOBAL_ORDER
             # The query keeps raw pointers: `visits` must outlive finalize, which it does here.
             for name, values in visits.items():
-                query.set_data_buffer(name, values, len(values))
+                # A run that an older nbdyn began has no `target`, and goes on without it.
+                if array.schema.domain.has_dim(name) or array.schema.has_attr(name):
+                    query.set_data_buffer(name, values, len(values))
             query._submit()
             query.finalize()
 

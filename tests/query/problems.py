@@ -83,6 +83,7 @@ class MemoryStore:
             "step": np.repeat(steps, 2),
             "position": np.tile([0, 1], len(steps)),
             "sample": SAMPLE[start:stop].reshape(-1),
+            "target": np.full(2 * len(steps), -1),
             "loss": VISIT_LOSS[start:stop].reshape(-1),
             "correct": CORRECT[start:stop].reshape(-1),
         }

@@ -165,6 +165,7 @@ def unfinished(path: Path, last: str = "_write_steps", column: str = "log/ghost"
         "step": np.arange(start, start + 3, dtype=np.uint32),
         "position": np.zeros(3, np.uint32),
         "sample": np.zeros(3, np.int64),
+        "target": np.zeros(3, np.int32),
         "loss": np.zeros(3, np.float32),
         "correct": np.zeros(3, np.int8),
     }
