@@ -43,7 +43,7 @@ class DirectFile:
 
     def write(self, data: np.ndarray) -> None:
         """Append bytes, (n,) uint8. Whole pages are written from where they are, of other pieces a copy is taken."""
-        if len(data) and not (self._used % PAGE or len(data) % PAGE or _address(data) % PAGE):
+        if len(data) and not (self._used % PAGE or len(data) % PAGE or address(data) % PAGE):
             self._flush()
             self._write_out(data.data)
             self.place += len(data)
@@ -124,11 +124,12 @@ def pages(size: int) -> np.ndarray:
     """
     size = -(-size // PAGE) * PAGE
     memory = np.empty(size + PAGE, np.uint8)
-    start = -_address(memory) % PAGE
+    start = -address(memory) % PAGE
     return memory[start : start + size]
 
 
-def _address(data: np.ndarray) -> int:
+def address(data: np.ndarray) -> int:
+    """Where an array's bytes begin in memory."""
     return data.__array_interface__["data"][0]
 
 

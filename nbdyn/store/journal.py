@@ -21,7 +21,7 @@ import numpy as np
 
 from nbdyn.errors import CorruptRun
 from nbdyn.store.backend import basename, context, is_local, join, reading, tiledb
-from nbdyn.store.direct import DirectFile, RemoteFile
+from nbdyn.store.direct import DirectFile, RemoteFile, address
 
 if TYPE_CHECKING:
     from nbdyn.store.store import Store
@@ -114,7 +114,7 @@ class JournalWriter:
         pieces = []  # (where it begins and ends in memory, where it begins in the file)
         for piece in memory:
             self._file.fill_page()
-            pieces.append((_address(piece), _address(piece) + len(piece), self._file.place))
+            pieces.append((address(piece), address(piece) + len(piece), self._file.place))
             self._file.write(piece)
         places: dict[tuple[int, int], int] = {}  # an input that several sites share is written once
         kept = []  # copies stay alive, so that their addresses stay their own
@@ -123,8 +123,8 @@ class JournalWriter:
             for slot, array in entry.tensors.items():
                 flat = np.ascontiguousarray(array).reshape(-1)
                 kept.append(flat)
-                key = address, _ = _address(flat), flat.nbytes
-                place = next((at + address - start for start, stop, at in pieces if start <= address < stop), None)
+                key = start, _ = address(flat), flat.nbytes
+                place = next((at + start - first for first, stop, at in pieces if first <= start < stop), None)
                 if place is None and key not in places:
                     self._write(bytes(-self._file.place % ALIGNMENT))
                     places[key] = self._file.place
@@ -182,10 +182,6 @@ class Journal:
             raise CorruptRun(
                 f"cannot read {path}: {error}. Type `python -m nbdyn verify {self._store.uri}` to see what is damaged."
             ) from error
-
-
-def _address(array: np.ndarray) -> int:
-    return array.__array_interface__["data"][0]
 
 
 def _segment(data: np.ndarray, text: bytes) -> JournalSegment:
