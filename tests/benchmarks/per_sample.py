@@ -1,8 +1,8 @@
 """What per-sample gradients cost: the founding session, other networks, and what else computes them.
 
-    python tests/benchmarks/per_sample.py founding      # 506,530 parameters, 100,000 samples: 200 GB as dense float32
-    python tests/benchmarks/per_sample.py networks      # LeNet, ResNet-20, a 6-layer transformer, a character LSTM
-    python tests/benchmarks/per_sample.py others        # beside Opacus, BackPACK, vmap(grad) and sparse cells
+    python -m tests.benchmarks.per_sample founding      # 506,530 parameters, 100,000 samples: 200 GB as dense float32
+    python -m tests.benchmarks.per_sample networks      # LeNet, ResNet-20, a 6-layer transformer, a character LSTM
+    python -m tests.benchmarks.per_sample others        # beside Opacus, BackPACK, vmap(grad) and sparse cells
 
 Each prints Markdown. Contestants are interleaved and medians of ratios within a repeat are shown. `--warm GB` touches
 memory before each measurement: on virtual machines the first touch of a page may cost ten times the copy into it.
