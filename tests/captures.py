@@ -12,7 +12,7 @@ import numpy as np
 from nbdyn.schema import PART_SNAPSHOT
 from nbdyn.store import Store, layout
 from nbdyn.store.backend import context
-from nbdyn.store.journal import DTYPES, Entry, JournalWriter
+from nbdyn.store.journal import Entry, JournalWriter
 from nbdyn.store.sites import Site
 from nbdyn.store.writer import Segment, SegmentWriter
 
@@ -94,13 +94,10 @@ class Recording:
 
 def entry(
     site: int, tensors: dict[str, np.ndarray], *, batch: int = 0, position: int = 0, call: int = 0, factor: float = 1.0,
-    data: bool = False, dtypes: dict[str, str] | None = None,
+    data: bool = False,
 ) -> Entry:  # fmt: skip
-    """A call; types are told from the arrays, unless given (bfloat16 is kept as uint16)."""
-    known = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
-    size = len(next(iter(tensors.values())))
-    names = {slot: known[tensor.dtype] for slot, tensor in tensors.items()} | (dtypes or {})
-    return Entry(0, batch, position, size, site, call, factor, data, tensors, names)
+    """A call of step 0; bfloat16 is given as its bits, uint16."""
+    return Entry(0, batch, position, len(next(iter(tensors.values()))), site, call, factor, data, tensors)
 
 
 def linear(inputs: int, outputs: int, first: int = 0, name: str = "fc") -> Site:

@@ -83,8 +83,7 @@ class Arena:
         chunk = self._room(size)
         start, chunk.used = chunk.used, chunk.used + -(-size // ALIGNMENT) * ALIGNMENT
         chunk.memory[start + size : chunk.used] = 0  # what memory held before must not reach a file
-        dtype = np.uint16 if t.dtype == torch.bfloat16 else _NUMPY[t.dtype]
-        host = chunk.memory[start : start + size].view(dtype).reshape(t.shape)
+        host = chunk.memory[start : start + size].view(_NUMPY[t.dtype]).reshape(t.shape)
         if self._side is None or not t.is_cuda:
             np.copyto(host, bits.numpy(), casting="unsafe")
         else:
@@ -161,7 +160,7 @@ class Arena:
 
 
 _NUMPY: dict[torch.dtype, Any] = {
-    torch.float32: np.float32, torch.float64: np.float64, torch.float16: np.float16,
+    torch.float32: np.float32, torch.float64: np.float64, torch.float16: np.float16, torch.bfloat16: np.uint16,
     torch.int32: np.int32, torch.int64: np.int64,
 }  # fmt: skip
 

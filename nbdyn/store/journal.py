@@ -35,6 +35,7 @@ DTYPES: dict[str, np.dtype] = {
     "i4": np.dtype("<i4"), "i8": np.dtype("<i8"),
 }  # fmt: skip
 """How tensors are stored; "bf2" is the upper half of a float32, kept as its bits."""
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
 LARGEST, MAX_AXES = 2**40, 16
 """A place in a file and an axis of a tensor are below, and a tensor has at most so many axes: more is no recorder's."""
 
@@ -52,8 +53,7 @@ class Entry:
         call: the how-manieth call of this site with this batch.
         factor: contribution = factor * what the form gives.
         data: whether slot "a" holds rows of the data set.
-        tensors: slot -> array (size, ...).
-        dtypes: slot -> key of DTYPES.
+        tensors: slot -> array (size, ...) of one of the types in DTYPES.
     """
 
     step: int
@@ -65,7 +65,11 @@ class Entry:
     factor: float
     data: bool
     tensors: dict[str, np.ndarray]
-    dtypes: dict[str, str]
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """Slot -> key of DTYPES."""
+        return {slot: _CODES[array.dtype] for slot, array in self.tensors.items()}
 
     @property
     def nbytes(self) -> int:
@@ -119,7 +123,7 @@ class JournalWriter:
         places: dict[tuple[int, int], int] = {}  # an input that several sites share is written once
         kept = []  # copies stay alive, so that their addresses stay their own
         for entry in entries:
-            slots = []
+            slots, dtypes = [], entry.dtypes
             for slot, array in entry.tensors.items():
                 flat = np.ascontiguousarray(array).reshape(-1)
                 kept.append(flat)
@@ -129,7 +133,7 @@ class JournalWriter:
                     self._write(bytes(-self._file.place % ALIGNMENT))
                     places[key] = self._file.place
                     self._file.write(flat.view(np.uint8))
-                slots.append([slot, entry.dtypes[slot], array.shape, places[key] if place is None else place])
+                slots.append([slot, dtypes[slot], array.shape, places[key] if place is None else place])
             head = [entry.step, entry.batch, entry.position, entry.size, entry.site, entry.call]
             self._index.append([*head, entry.factor, entry.data, slots])
 
@@ -200,7 +204,7 @@ def _segment(data: np.ndarray, text: bytes) -> JournalSegment:
 
 def _entry(data: np.ndarray, row: list[Any]) -> Entry:
     step, batch, position, size, site, call, factor, is_data, slots = row
-    tensors, dtypes = {}, {}
+    tensors = {}
     for slot, dtype, shape, place in slots:
         # Looked at before anything is computed from them: [[0], 10**9] has a product, a list of eight gigabytes.
         sound = all(type(n) is int and 0 <= n < LARGEST for n in (place, *shape)) and 1 <= len(shape) <= MAX_AXES
@@ -208,8 +212,7 @@ def _entry(data: np.ndarray, row: list[Any]) -> Entry:
         if not sound or place + count > len(data):
             raise ValueError(f"a tensor of step {str(step)[:20]} lies outside the file or has no shape")
         tensors[slot] = data[place : place + count].view(DTYPES[dtype]).reshape(shape)
-        dtypes[slot] = dtype
-    return Entry(step, batch, position, size, site, call, float(factor), bool(is_data), tensors, dtypes)
+    return Entry(step, batch, position, size, site, call, float(factor), bool(is_data), tensors)
 
 
 def _bytes_of(path: str) -> np.ndarray:

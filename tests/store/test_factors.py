@@ -260,14 +260,13 @@ def test_every_type(dtype: str, compacted: bool, tmp_path: Path) -> None:
             return rng.integers(0, 2**16, shape, dtype=np.uint16)
         return numbers(rng, *shape, dtype=dtype)
 
-    types = {"a": dtype, "d": dtype}
     for kind in (np.int32, np.int64):
         ids = rng.integers(-1, 40, (4, 5)).astype(kind)
         rec.commit(
             [
-                (range(4), [entry(0, {"a": tensor(4, 2, 7), "d": tensor(4, 2, 3)}, dtypes=types, data=True)]),
-                (range(4), [entry(0, {"a": numbers(rng, 4, 2, 7), "d": tensor(4, 2, 3)}, dtypes={"d": dtype})]),
-                (range(4), [entry(1, {"ids": ids, "d": tensor(4, 5, 3)}, dtypes={"d": dtype})]),
+                (range(4), [entry(0, {"a": tensor(4, 2, 7), "d": tensor(4, 2, 3)}, data=True)]),
+                (range(4), [entry(0, {"a": numbers(rng, 4, 2, 7), "d": tensor(4, 2, 3)})]),
+                (range(4), [entry(1, {"ids": ids, "d": tensor(4, 5, 3)})]),
             ]
         )
     if compacted:

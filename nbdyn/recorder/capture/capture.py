@@ -25,11 +25,6 @@ from nbdyn.store.journal import Entry
 from nbdyn.store.sites import Site
 from nbdyn.store.streams import values_of
 
-_CODES = {
-    torch.float32: "f4", torch.float64: "f8", torch.float16: "f2", torch.bfloat16: "bf2",
-    torch.int32: "i4", torch.int64: "i8",
-}  # fmt: skip
-
 
 @dataclass(slots=True, eq=False)
 class Captured:
@@ -40,7 +35,6 @@ class Captured:
         parameter: id of a parameter of the site: only backward passes that accumulate into it count.
         task: which backward pass it was; None once it is known to count.
         tensors: slot -> array in the arena, sample first.
-        dtypes: slot -> key of the journal's DTYPES.
         data: whether slot "a" holds rows of the data set.
         holds: how often the arena's memory had been handed on before.
     """
@@ -49,7 +43,6 @@ class Captured:
     parameter: int
     task: int | None
     tensors: dict[str, np.ndarray]
-    dtypes: dict[str, str]
     data: bool
     holds: int
 
@@ -222,12 +215,11 @@ class Capture:
             if batch.rows is not None:
                 tensors = {slot: t.index_select(0, batch.rows.to(t.device)) for slot, t in tensors.items()}
             kept = {slot: self._arena.keep(_narrow(t), shared=slot != "d") for slot, t in tensors.items()}
-            dtypes = {slot: _CODES[_narrowed(t.dtype)] for slot, t in tensors.items()}
             if batch.rows is not None:
-                kept["p"], dtypes["p"] = batch.rows.numpy(), "i4"
+                kept["p"] = batch.rows.numpy()
             is_data = data and site.form in ("linear", "conv")
-            self.half |= any(code in ("f2", "bf2") for code in dtypes.values())
-            batch.captured.append(Captured(number, parameter, task, kept, dtypes, is_data, self._arena.holds))
+            self.half |= any(t.itemsize == 2 for t in kept.values())
+            batch.captured.append(Captured(number, parameter, task, kept, is_data, self._arena.holds))
 
     def _projected(self, site: Site, tensors: dict[str, Tensor]) -> tuple[Site, dict[str, Tensor]]:
         """A linear site and its factors, projected where that makes them smaller."""
@@ -327,7 +319,7 @@ class Capture:
                 if "p" in c.tensors:
                     c.tensors["p"] = (c.tensors["p"] + position).astype(np.int32)
                 # The scale may be a tensor on a GPU; the writer makes a number of it.
-                fields = (step, number, position, size, c.site, call, scale, c.data, c.tensors, c.dtypes)
+                fields = (step, number, position, size, c.site, call, scale, c.data, c.tensors)
                 entries.append(Entry(*fields))  # type: ignore[arg-type]
             batch.captured = None
             position += batch.size
@@ -339,14 +331,11 @@ def _narrow(t: Tensor) -> Tensor:
     return t.to(torch.int32) if t.dtype == torch.int64 else t
 
 
-def _narrowed(dtype: torch.dtype) -> torch.dtype:
-    return torch.int32 if dtype == torch.int64 else dtype
-
-
 def captured_block(entry: Entry) -> Block:
     """An entry that is still the recorder's, as what a reader would get; its scale is left out."""
     bits = {slot: t.view(f"u{t.itemsize}") for slot, t in entry.tensors.items() if slot != "p"}
-    tensors = {slot: values_of(values, entry.dtypes[slot]) for slot, values in bits.items()}
+    dtypes = entry.dtypes
+    tensors = {slot: values_of(values, dtypes[slot]) for slot, values in bits.items()}
     places = np.arange(entry.size) + entry.position
     steps, ones = np.full(entry.size, entry.step), np.ones(entry.size)
     return Block(entry.site, entry.call, steps, places, np.full(entry.size, -1), ones, tensors)

@@ -144,7 +144,7 @@ class StepCapture:
         for t, grad in zip(self._tensors, grads, strict=True):
             if grad is not None:
                 largest[t["layer"]] = max(largest.get(t["layer"], 0.0), _largest(grad))
-        half = any(code in ("f2", "bf2") for e in entries for code in e.dtypes.values())
+        half = any(t.itemsize == 2 for e in entries for t in e.tensors.values())
         for place, (t, p, grad) in enumerate(zip(self._tensors, self._parameters, grads, strict=True)):
             if t["name"] in self.batch_only or not p.requires_grad or p._backward_hooks:
                 continue  # a hook on the parameter changes its gradient: contributions are what it was before
