@@ -72,7 +72,7 @@ class Arena:
 
         Args:
             t: the tensor.
-            shared: several sites may see it, as an input; it is then kept once until `hold`.
+            shared: several sites may see it, as an input; it is then kept once until `forget_shared` or `hold`.
         """
         t = t.detach()
         key = (t.data_ptr(), t._version, t.shape, t.stride(), t.dtype) if shared else None
@@ -132,10 +132,14 @@ class Arena:
         self._spans.append(Span(chunk, start, stop))
         self._start = chunk.used = stop
 
+    def forget_shared(self) -> None:
+        """Let go of shared tensors, whose copies stay: inputs of a later batch are others."""
+        self._kept.clear()
+
     def hold(self) -> list[Span]:
         """The memory that tensors were kept in since the last call; whoever gets it must `release` it."""
         self._end_span()
-        self._kept.clear()
+        self.forget_shared()
         self.holds += 1
         spans, self._spans = self._spans, []
         return spans

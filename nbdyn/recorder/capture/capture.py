@@ -142,6 +142,7 @@ class Capture:
     def begin(self, batch: Batch | None, whole: bool = False) -> None:
         """The batch that forward passes are about from now on; None: they are not captured. `whole`: all samples."""
         self._batch = batch
+        self._arena.forget_shared()
         if self._has_bare:
             abandon()  # an interrupt in a forward pass leaves its watch on: torch then runs no hooks
         if batch is None:

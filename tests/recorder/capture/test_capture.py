@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.data import DataLoader
 
 import nbdyn
@@ -253,6 +254,28 @@ def test_per_sample_false_leaves_no_trace(tmp_path: Path) -> None:
         run.gradients[0, "0.weight"].frame()
 
 
+def test_activations_of_accumulated_batches_do_not_stay_alive(tmp_path: Path) -> None:
+    """Only copies wait for the step: memory would else grow with the number of batches that are accumulated."""
+    model, loss_fn = networks.mlp(12, 16, 4), nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    activations: list[StorageWeakRef] = []
+    model[1].register_forward_hook(lambda *found: activations.append(StorageWeakRef(found[2].untyped_storage())))
+    grads = []
+    with nbdyn.record(tmp_path / "run", model, optimizer, loss_fn) as rec:
+        for number, (x, y) in enumerate(rec.watch(DataLoader(problems.data(), 20))):
+            alive = [not activation.expired() for activation in activations]
+            assert alive == [False] * number
+            loss_fn(model(x), y).backward()
+            if number % 3 == 2:
+                grads.append(torch.cat([p.grad.reshape(-1) for p in model.parameters()]).numpy())
+                optimizer.step()
+                optimizer.zero_grad()
+    run = nbdyn.open(rec)
+    assert len(run) == 2 and run.steps["batch_size"].tolist() == [60, 60]
+    for step, grad in enumerate(grads):
+        np.testing.assert_allclose(run.gradients[step].total().reshape(-1), grad, rtol=1e-5, atol=1e-7)
+
+
 def test_arena_uses_its_memory_again_but_never_what_a_record_holds() -> None:
     arena = Arena(torch.device("cpu"))
     held, values = [], []
@@ -291,8 +314,11 @@ def test_the_arena_copies_and_keeps_what_several_sites_see_once() -> None:
     assert arena.keep(t, shared=False) is not kept
     t.add_(1)
     assert (kept == 1).all() and (arena.keep(t, shared=True) == 2).all()
-    arena.hold()
-    assert arena.keep(t, shared=True) is not kept
+    for forget in (arena.hold, arena.forget_shared):
+        again = arena.keep(t, shared=True)
+        assert arena.keep(t, shared=True) is again is not kept
+        forget()
+        assert arena.keep(t, shared=True) is not again
     half = torch.tensor([1.5, -2.0], dtype=torch.bfloat16)
     np.testing.assert_array_equal(arena.keep(half, shared=False), half.view(torch.int16).numpy().view(np.uint16))
     strided = torch.arange(6.0).view(2, 3).t()
