@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from nbdyn.errors import NbdynError
 from nbdyn.query.language import expected_at_end
-from nbdyn.query.words import AGGREGATES, FIELDS, FUNCTIONS, MEASURES, UNBUILT_UNITS, UNBUILT_VERBS
+from nbdyn.query.words import AGGREGATES, FIELDS, FUNCTIONS, MEASURES
 
 if TYPE_CHECKING:
     from nbdyn.store import Store
@@ -77,7 +77,7 @@ def _offers(before: str, store: Store | None, runs: Callable[[], Iterable[str]] 
             offers += [(name, "measure") for name in MEASURES]
         elif item == "<run>":
             offers += [(name, "run") for name in _runs(store, runs)]
-        elif item[0].isalpha() and item not in (*UNBUILT_VERBS, *UNBUILT_UNITS):
+        elif item[0].isalpha():
             offers.append((item, "keyword"))
     return offers
 

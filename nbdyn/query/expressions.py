@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from keyword import iskeyword
 
 from nbdyn.query.tokens import Scanner
 from nbdyn.query.tree import (
@@ -14,23 +15,25 @@ from nbdyn.query.tree import (
     Comparison,
     Expression,
     Field,
+    In,
     Logic,
     Negative,
     Not,
     Number,
+    OneOf,
 )
-from nbdyn.query.words import AGGREGATES, CONDITIONS, FUNCTIONS, RESERVED
+from nbdyn.query.words import AGGREGATES, CONDITIONS, FUNCTIONS, IN_FIELDS, RESERVED
 
 MAX_OPERATIONS = 64
 """Operators, brackets and calls in one statement, at most: it keeps every tree shallow enough to walk."""
 
-_COMPARISONS = ("<=", ">=", "==", "!=", "<", ">", "=")
+COMPARISONS = ("<=", ">=", "==", "!=", "<", ">", "=")
 
 
 def is_condition(node: Expression) -> bool:
     """Whether a node may stand where a condition is needed (a bare field is checked once its column is known)."""
     conditional_call = isinstance(node, Call) and node.function in CONDITIONS
-    return conditional_call or isinstance(node, Comparison | Logic | Not | Field)
+    return conditional_call or isinstance(node, Comparison | Logic | Not | Field | In | OneOf)
 
 
 class ExpressionParser:
@@ -104,15 +107,54 @@ class ExpressionParser:
     def _comparison(self) -> Expression:
         start = self.scanner.position
         left = self._sum()
-        operator = self.scanner.accept(*_COMPARISONS)
+        if self.scanner.look("in", "not"):
+            return self._membership(left, start)
+        operator = self.comparison()
         if operator is None:
             return left
         self._spend()
         left = self._checked(left, start, condition=False)
         right = self.value()
-        if self.scanner.look(*_COMPARISONS):
+        if self.scanner.look(*COMPARISONS):
             raise self.scanner.error("one comparison at a time: write a < b and b < c.")
-        return Comparison("=" if operator == "==" else operator, left, right)
+        return Comparison(operator, left, right)
+
+    def comparison(self) -> str | None:
+        """The comparison sign that stands here, taken, in its normal form."""
+        operator = self.scanner.accept(*COMPARISONS)
+        return "=" if operator == "==" else operator
+
+    def _membership(self, left: Expression, start: int) -> Expression:
+        """`in NAME` or `in (3, 17)` after a field; `not in` is the same turned round."""
+        scanner = self.scanner
+        if not isinstance(left, Field) or left.name not in IN_FIELDS:
+            raise scanner.error(f"only {', '.join(IN_FIELDS)} may be in something: sample in hot.", start)
+        self._spend()
+        turned = bool(scanner.accept("not"))
+        scanner.require("in")
+        if not scanner.accept("("):
+            node: Expression = In(left.name, self.name("the name of a result, or (3, 17, 99)", "<name>"), start)
+        else:
+            values = [self._whole_value()]
+            while scanner.accept(","):
+                values.append(self._whole_value())
+            scanner.require(")")
+            node = OneOf(left.name, tuple(values), start)
+        return Not(node) if turned else node
+
+    def _whole_value(self) -> int:
+        sign = -1 if self.scanner.accept("-") else 1
+        return sign * self.whole()
+
+    def name(self, needed: str, kind: str) -> str:
+        """A name that Python could give to a variable, taken; `kind` stands for it in completions."""
+        self.scanner.possible(kind)
+        token = self.scanner.peek()
+        if token.kind != "name":
+            raise self.scanner.unexpected(needed)
+        if not token.text.isidentifier() or iskeyword(token.text):
+            raise self.scanner.error(f'"{token.text}" cannot be the name of a variable; type another, such as hot.')
+        return self.scanner.advance().text
 
     def _sum(self) -> Expression:
         return self._chain(("+", "-"), self._product)
@@ -211,6 +253,11 @@ class ExpressionParser:
     def signed_number(self) -> float:
         """A number that may be negative."""
         return -self.number() if self.scanner.accept("-") else self.number()
+
+    def percentage(self) -> Number:
+        """A number that may be negative, with or without %."""
+        value = self.signed_number()
+        return Number(value, bool(self.scanner.accept("%")))
 
     def whole(self, least: int = 0) -> int:
         """A whole number, at least `least`."""

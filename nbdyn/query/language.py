@@ -2,44 +2,92 @@
 
 Grammar::
 
-    statement := ["explain"] (show | last | compare)
+    statement := ["explain" | "estimate"] (show | top | group | last | compare | from)
+                 ["approximately" "within" number["%"]] ["as" name]
     show      := "show" item ("," item)* ["per" unit ("," unit)*] [scope] ["where" condition]
-    item      := ("w" | "dw") "of" selector | "samples" | "visits" | expression
+    item      := quantity "of" selector | measure "of" selector | "samples" | "visits" | expression
+    top       := "top" number["%"] member ["per" member] ["of" selector] "by" by [scope] ["where" condition]
+    group     := "group" member ["of" selector] "by" by ["into" N] [scope] ["where" condition]
+    by        := measure | expression
+    measure   := aggregate cells | aggregate "(" cells ")" | "|" aggregate cells "|" | ("net" | "path") "dw"
+               | "share" "(" cells ("<" | ">" | ...) (number | "explode") ")"
+    cells     := quantity | "|" quantity "|"
+    quantity  := "g" | "grad" | "w" | "dw" | "act" | "err" | "delta"
     last      := "last" N "samples" "before" ["first" | "every"] event [scope]
-    event     := selector "becomes" number ["exactly" | "within" number] | selector "crosses" number | condition
-    compare   := "compare" run ("," run)+ "by" measure ("," measure)* [scope]
+    event     := selector "becomes" number ["exactly" | "within" number] | selector "crosses" number
+               | measure ["of" selector] ("<" | ">" | ...) number["%"] | condition
+    compare   := "compare" run ("," run)+ "by" name ("," name)* [scope]
+    from      := "from" name
     scope     := "during" ("epoch" | "step") N | "during" ("epochs" | "steps") a..b | "at step" N | "over all"
+
+`top` and `group` take a scope after `where`, too, as `show` does. After `by`, an aggregate word followed by a quantity
+is a measure of cells; anything else, and whatever stands in brackets, is an expression over recorded fields.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from nbdyn.errors import QueryError, did_you_mean
+from nbdyn.query.clauses import read_member, read_scope, read_selector, read_unit, read_within
 from nbdyn.query.expressions import ExpressionParser
-from nbdyn.query.tokens import Scanner
+from nbdyn.query.measures import measure_follows, read_measure, read_quantity, try_measure
 from nbdyn.query.tree import (
     Becomes,
+    Call,
     Compare,
     Crosses,
+    Estimate,
+    Event,
+    Exceeds,
     Explain,
     Expression,
+    Field,
+    From,
+    Group,
     Last,
+    Measure,
+    Measured,
+    Named,
+    Plain,
     RunName,
     Scope,
     Selector,
     Show,
     Statement,
     Table,
+    Top,
     Weights,
 )
-from nbdyn.query.words import MEASURES, TABLES, UNBUILT_UNITS, UNBUILT_VERBS, UNITS, VERBS
+from nbdyn.query.words import (
+    AGGREGATES,
+    EXPLODE,
+    MEASURE_AGGREGATES,
+    MEASURES,
+    PLURALS,
+    PREFIXES,
+    QUANTITIES,
+    SAME_QUANTITY,
+    TABLES,
+    UNITS,
+    VERBS,
+    WITHOUT_FIELDS,
+)
 
 _NO_AGGREGATE_WHERE = "a condition speaks of one row at a time; mean, share and the like stand in show ... per epoch."
 _NO_AGGREGATE_EVENT = (
-    "an event over many values (share, mean, max ...) is not built yet; "
-    "it may speak of the values of one step: loss > 5, |grad| > 10, nan(loss)."
+    "an event speaks of the values of one step (loss > 5, |grad| > 10, nan(loss)) or of its cells "
+    "(share(|grad| > explode) > 10%, max |g| of fc1.* > 3)."
 )
+_EXACT_ONLY = (
+    "only measures of cells are approximated (top 20 samples by sum |g| approximately within 5%); "
+    "this is read exactly: leave it out."
+)
+_ONLY_CELLS = ("g", "act", "err")
+"""Quantities of which nothing but cells is recorded: no field is called so."""
+_BEFORE_A_NAME = ("not", *AGGREGATES)
+"""Words of a condition that a name may follow, unlike a parameter."""
 _PARAMETER = re.compile(r"[\[*]|\.[^\W\d]|[^\W\d]\w*\.")
 
 
@@ -80,62 +128,98 @@ class _Parser(ExpressionParser):
 
     def statement(self) -> Statement:
         scanner = self.scanner
-        explain = scanner.accept("explain")
-        self._refuse_unbuilt(scanner)
-        verb = scanner.accept("show", "last", "compare")
+        prefix = scanner.accept(*PREFIXES)
+        readers = {"show": self._show, "top": self._top, "group": self._group, "last": self._last,
+                   "compare": self._compare, "from": self._from}  # fmt: skip
+        verb = scanner.accept(*readers)
         if verb is None:
-            words = VERBS if not explain else [word for word in VERBS if word != "explain"]
-            raise scanner.unexpected("a verb (" + ", ".join(words) + ")")
-        tree = {"show": self._show, "last": self._last, "compare": self._compare}[verb]()
+            raise scanner.unexpected("a verb (" + ", ".join(VERBS if prefix is None else readers) + ")")
+        tree = self._approximate(readers[verb]())
+        told = {"explain": Explain, "estimate": Estimate}[prefix](tree) if prefix else tree
+        if scanner.accept("as"):
+            start = scanner.position
+            told = Named(told, self.name("a name for the result", "<new name>"), start)
         if scanner.peek().kind != "end":
             raise scanner.unexpected("the end of the statement")
-        return Explain(tree) if explain else tree
+        return told
 
-    @staticmethod
-    def _refuse_unbuilt(scanner: Scanner) -> None:
-        token = scanner.peek()
-        if token.text in UNBUILT_VERBS:
-            built = ", ".join(VERBS)
-            raise scanner.error(f'"{token.text}" is not built yet; this version knows {built}.')
+    def _approximate(self, tree: Plain) -> Plain:
+        start = self.scanner.position
+        within = read_within(self)
+        if within is None:
+            return tree
+        measured = isinstance(tree, Show) and isinstance(tree.items[0], Measured)
+        if measured or (isinstance(tree, Top | Group) and isinstance(tree.by, Measure)):
+            return replace(tree, within=within)
+        raise self.scanner.error(_EXACT_ONLY, start)
+
+    def _from(self) -> From:
+        start = self.scanner.position
+        return From(self.name("the name of a saved statement", "<saved>"), start)
+
+    # show ---------------------------------------------------------------------------------------------------------
 
     def _show(self) -> Show:
         items = [self._item()]
         while self.scanner.accept(","):
             items.append(self._item())
-        per = self._per()
-        scope = self._scope()
-        where = self._where()
-        if scope is None and where is not None:
-            scope = self._scope()
-        return Show(tuple(items), per, scope or Scope(), where)
+        for item in items:
+            if isinstance(item, Measured) and len(items) > 1:
+                message = "a measure of cells comes as a frame of its own: ask for it alone."
+                raise self.scanner.error(message, item.measure.position)
+        per = self._per(cells=isinstance(items[0], Measured))
+        scope, where = self._tail()
+        return Show(tuple(items), per, scope, where)
 
-    def _item(self) -> Expression | Weights | Table:
+    def _item(self) -> Expression | Weights | Table | Measured:
         scanner = self.scanner
-        scanner.possible("w of", "dw of", *TABLES)
+        scanner.possible(*(f"{word} of" for word in QUANTITIES), *TABLES)
         token = scanner.peek()
         if token.kind == "name" and token.text in TABLES:
             scanner.advance()
             return Table(token.text, token.start)
-        if token.kind == "name" and token.text in ("w", "dw"):
-            scanner.advance()
+        if token.kind == "name" and token.text in (*QUANTITIES, *SAME_QUANTITY):
+            quantity = read_quantity(scanner)
             if scanner.accept("of"):
-                return Weights(token.text, self._selector())
+                return Weights(quantity, read_selector(scanner))
             scanner.jump(token.start)
-        return self.value()
+        measure = try_measure(self)
+        if measure is not None:
+            if scanner.accept("of"):
+                return Measured(measure, read_selector(scanner))
+            if measure.quantity in _ONLY_CELLS or (measure.condition is not None and EXPLODE in measure.condition):
+                raise scanner.unexpected(f'"of" and parameters ({measure} of fc1.*, {measure} of all)')
+            scanner.jump(token.start)
+        value = self.value()
+        if scanner.look("of"):
+            names = ", ".join(QUANTITIES)
+            raise scanner.error(f"of parameters there are {names}, and measures of them: sum |g| of fc1.*.")
+        return value
 
-    def _per(self) -> tuple[str, ...]:
+    def _per(self, *, cells: bool) -> tuple[str, ...]:
         if not self.scanner.accept("per"):
             return ()
-        units = [self._unit()]
+        units = [self._unit(cells=cells)]
         while self.scanner.accept(","):
-            units.append(self._unit())
+            units.append(self._unit(cells=cells))
         return tuple(dict.fromkeys(units))
 
-    def _unit(self) -> str:
-        token = self.scanner.peek()
-        if token.text in UNBUILT_UNITS:
-            raise self.scanner.error(f'"per {token.text}" is not built yet; this version knows {", ".join(UNITS)}.')
-        return self.scanner.require(*UNITS)
+    def _unit(self, *, cells: bool) -> str:
+        start = self.scanner.position
+        unit = read_unit(self.scanner)
+        if not cells and unit not in UNITS:
+            known = ", ".join(UNITS)
+            message = f"cells are told apart per {unit} (show sum |g| of all per {unit}), recorded fields per {known}."
+            raise self.scanner.error(message, start)
+        return unit
+
+    def _tail(self) -> tuple[Scope, Expression | None]:
+        """Scope and condition, in either order."""
+        scope = read_scope(self)
+        where = self._where()
+        if scope is None and where is not None:
+            scope = read_scope(self)
+        return scope or Scope(), where
 
     def _where(self) -> Expression | None:
         if not self.scanner.accept("where"):
@@ -143,40 +227,72 @@ class _Parser(ExpressionParser):
         with self.without_aggregates(_NO_AGGREGATE_WHERE):
             return self.condition()
 
-    def _selector(self) -> Selector:
-        start = self.scanner.position
-        self.scanner.possible("<selector>", "all")
-        found = self.scanner.scan_selector()
-        if found is None:
-            raise self.scanner.unexpected("a parameter (fc1.weight[3,5], fc1.*, all)")
-        self.scanner.jump(found[1])
-        return Selector(found[0], start)
+    # top, group ---------------------------------------------------------------------------------------------------
 
-    def _scope(self) -> Scope | None:
-        start = self.scanner.position
-        word = self.scanner.accept("during", "at", "over")
-        if word is None:
-            return None
-        if word == "over":
-            self.scanner.require("all")
-            return Scope()
-        if word == "at":
-            self.scanner.require("step")
-            return self._range("steps", start, single=True)
-        unit = self.scanner.require("epoch", "epochs", "step", "steps")
-        return self._range("epochs" if unit.startswith("epoch") else "steps", start, single=not unit.endswith("s"))
+    def _top(self) -> Top:
+        scanner = self.scanner
+        start = scanner.position
+        if scanner.peek().kind != "number":
+            raise scanner.unexpected("how many (20) or what part (1%)")
+        count = self.number()
+        percent = bool(scanner.accept("%"))
+        if percent and not 0 < count <= 100:
+            raise scanner.error("a percentage above 0 and up to 100 is needed here, such as 1%.", start)
+        if not percent and not (count.is_integer() and 1 <= count < 2**53):
+            raise scanner.error("a whole number from 1 on, or a percentage, is needed here.", start)
+        what = read_member(scanner, plural=True)
+        per_at = scanner.position
+        per = read_member(scanner, plural=False) if scanner.accept("per") else None
+        if per == what:
+            raise scanner.error(f"{PLURALS[what]} are ranked among all of them; leave out per {per}.", per_at)
+        selector = self._of()
+        by = self._by(what, per)
+        return Top(count, percent, what, per, selector, by, *self._tail(), position=start)
 
-    def _range(self, kind: str, start: int, *, single: bool) -> Scope:
-        first = self.whole()
-        if single and self.scanner.look(".."):
-            raise self.scanner.error(f'a range is written "during {kind} {first}..{first + 1}".')
-        if single or not self.scanner.accept(".."):
-            return Scope(kind, first, first, start)
-        last_at = self.scanner.position
-        last = self.whole()
-        if last < first:
-            raise self.scanner.error(f"this range ends before it begins; write {last}..{first}.", last_at)
-        return Scope(kind, first, last, start)
+    def _group(self) -> Group:
+        start = self.scanner.position
+        what = read_member(self.scanner, plural=True)
+        selector = self._of()
+        by = self._by(what, None)
+        into = self.whole(least=2) if self.scanner.accept("into") else 8
+        return Group(what, selector, by, into, *self._tail(), position=start)
+
+    def _of(self) -> Selector | None:
+        return read_selector(self.scanner) if self.scanner.accept("of") else None
+
+    def _by(self, what: str, per: str | None) -> Measure | Expression:
+        scanner = self.scanner
+        scanner.require("by")
+        start = scanner.position
+        if measure_follows(scanner):
+            measure = read_measure(self)
+            if scanner.look("+", "-", "*", "/"):
+                message = "a measure of cells stands alone; an expression over recorded fields stands in brackets."
+                raise scanner.error(message, start)
+            return measure
+        try_measure(self)  # takes nothing here: what could stand of a measure is offered beside the fields
+        by = self.value()
+        if isinstance(by, Field) and scanner.look(*QUANTITIES, "|"):
+            known = did_you_mean(by.name, MEASURE_AGGREGATES)
+            raise scanner.error(f'nothing is called "{by.name}" that is made of cells; {known}', start)
+        self._check_fields(by, what, per, start)
+        return by
+
+    def _check_fields(self, by: Expression, what: str, per: str | None, start: int) -> None:
+        """Refuse an expression where only cells can be ranked."""
+        bare = by.argument if isinstance(by, Call) and by.function == "abs" else by
+        quantity = SAME_QUANTITY.get(bare.name, bare.name) if isinstance(bare, Field) else ""
+        named = quantity if quantity in QUANTITIES else "g"
+        measures = f"by sum |{named}|, max |{named}|, norm {named}"
+        for member in (what, per):
+            if member in WITHOUT_FIELDS:
+                raise self.scanner.error(
+                    f"{PLURALS[member]} are ranked by a measure of their cells: {measures}.", start
+                )
+        if quantity in _ONLY_CELLS:
+            raise self.scanner.error(f"{quantity} has many cells; say what is made of them: {measures}.", start)
+
+    # last ---------------------------------------------------------------------------------------------------------
 
     def _last(self) -> Last:
         count = self.whole(least=1)
@@ -184,10 +300,13 @@ class _Parser(ExpressionParser):
         self.scanner.require("before")
         every = self.scanner.accept("first", "every") == "every"
         event = self._event()
-        return Last(count, event, every, self._scope() or Scope())
+        return Last(count, event, every, read_scope(self) or Scope())
 
-    def _event(self) -> Becomes | Crosses | Expression:
+    def _event(self) -> Event:
         scanner = self.scanner
+        if measure_follows(scanner):
+            return self._exceeds()
+        try_measure(self)  # takes nothing here: what could stand of a measure is offered, too
         start = scanner.position
         scanner.possible("<selector>", "<field>")
         found = scanner.scan_selector()
@@ -196,13 +315,26 @@ class _Parser(ExpressionParser):
             word = scanner.accept("becomes", "crosses")
             if word is not None:
                 return self._weight_event(word, Selector(found[0], start))
-            follows_name = scanner.peek().kind == "name" and not scanner.look("and", "or", "during", "at", "over")
+            goes_on = scanner.look("and", "or", "in", "not", "during", "at", "over", "as", "approximately")
             is_parameter = _PARAMETER.search(found[0].split("`")[-1])
-            if (follows_name or is_parameter) and found[0] != "not":
+            if ((scanner.peek().kind == "name" and not goes_on) or is_parameter) and found[0] not in _BEFORE_A_NAME:
                 raise scanner.unexpected('"becomes", "crosses" or a comparison')
             scanner.jump(start)
         with self.without_aggregates(_NO_AGGREGATE_EVENT):
             return self.condition()
+
+    def _exceeds(self) -> Exceeds:
+        scanner = self.scanner
+        measure = read_measure(self)
+        selector = self._of()
+        operator = self.comparison()
+        if operator is None:
+            of = "" if selector is not None else '"of" or '
+            raise scanner.unexpected(f"{of}a comparison ({measure} > 10%)")
+        value = self.percentage()
+        if scanner.look("and", "or", "+", "-", "*", "/"):
+            raise scanner.error("an event of cells is one measure and one number: share(|grad| > explode) > 10%.")
+        return Exceeds(measure, selector, operator, value)
 
     def _weight_event(self, word: str, selector: Selector) -> Becomes | Crosses:
         value = self.signed_number()
@@ -213,6 +345,8 @@ class _Parser(ExpressionParser):
         self.scanner.accept("exactly")
         return Becomes(selector, value)
 
+    # compare ------------------------------------------------------------------------------------------------------
+
     def _compare(self) -> Compare:
         runs = [self._run()]
         while self.scanner.accept(","):
@@ -220,10 +354,10 @@ class _Parser(ExpressionParser):
         if len(runs) < 2:
             raise self.scanner.unexpected('"," and a second run')
         self.scanner.require("by")
-        measures = [self._measure()]
+        measures = [self._compared()]
         while self.scanner.accept(","):
-            measures.append(self._measure())
-        return Compare(tuple(runs), tuple(dict.fromkeys(measures)), self._scope() or Scope())
+            measures.append(self._compared())
+        return Compare(tuple(runs), tuple(dict.fromkeys(measures)), read_scope(self) or Scope())
 
     def _run(self) -> RunName:
         start = self.scanner.position
@@ -233,7 +367,7 @@ class _Parser(ExpressionParser):
             raise self.scanner.unexpected("the name or path of a run")
         return RunName(name, start)
 
-    def _measure(self) -> str:
+    def _compared(self) -> str:
         scanner = self.scanner
         start = scanner.position
         scanner.possible("<measure>")

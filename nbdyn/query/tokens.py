@@ -37,6 +37,12 @@ def caret(text: str, position: int, message: str) -> str:
     return f"{message}\n  {line}\n  {' ' * min(position, len(line))}^"
 
 
+def _after_blanks(text: str, position: int) -> int:
+    """The place behind blanks and comments."""
+    blank = _BLANK.match(text, position)
+    return blank.end() if blank else position
+
+
 @dataclass(frozen=True)
 class Token:
     """A piece of a statement: kind is "number", "name", "quoted", "symbol" or "end"."""
@@ -53,15 +59,13 @@ class Scanner:
     def __init__(self, text: str) -> None:
         """Start at the beginning of a statement."""
         self.text = text
-        self._tried: dict[str, None] = {}
-        self._tried_at = -1
+        self._tried: dict[int, dict[str, None]] = {}
         if len(text) > MAX_LENGTH:
             raise QueryError(f"a statement has at most {MAX_LENGTH} characters; this one has {len(text)}.")
         self._move(0)
 
     def _move(self, position: int) -> None:
-        blank = _BLANK.match(self.text, position)
-        self.position = blank.end() if blank else position
+        self.position = _after_blanks(self.text, position)
         self._token: Token | None = None
 
     def peek(self) -> Token:
@@ -85,6 +89,15 @@ class Scanner:
         if character in "[]":
             return "this bracket stands alone; a parameter is written fc1.weight[3,5]."
         return f'"{character}" has no meaning here; a name with such a character is written in backticks.'
+
+    def ahead(self, count: int) -> list[str]:
+        """The texts of the next tokens, `count` at most, none taken; they end where something is no token."""
+        found: list[str] = []
+        position = self.position
+        while len(found) < count and (match := _TOKEN.match(self.text, position)):
+            found.append(match.group())
+            position = _after_blanks(self.text, match.end())
+        return found
 
     def advance(self) -> Token:
         """Take the token at this place."""
@@ -114,13 +127,11 @@ class Scanner:
 
     def possible(self, *words: str) -> None:
         """Remember what could stand at this place."""
-        if self.position != self._tried_at:
-            self._tried, self._tried_at = {}, self.position
-        self._tried.update(dict.fromkeys(words))
+        self._tried.setdefault(self.position, {}).update(dict.fromkeys(words))
 
     def possible_at(self, position: int) -> tuple[str, ...]:
         """What could stand at a place, if the reading came so far."""
-        return tuple(self._tried) if self._tried_at == position else ()
+        return tuple(self._tried.get(position, ()))
 
     def scan_selector(self) -> tuple[str, int] | None:
         """The parameter selector that starts here and its end, not taken; blanks outside backticks dropped."""

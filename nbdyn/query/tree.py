@@ -9,7 +9,6 @@ from nbdyn.query.words import RESERVED
 
 _IDENTIFIER = re.compile(r"[^\W\d]\w*")
 _RUN = re.compile(r"[\w./:~@+-]+")
-_PRECEDENCE = {"or": 1, "and": 2, "+": 5, "-": 5, "*": 6, "/": 6}
 
 
 class Node:
@@ -17,7 +16,9 @@ class Node:
 
     def __str__(self) -> str:
         """The node as text that re-parses to an equal one."""
-        return _print(self)
+        from nbdyn.query.printing import text  # printing knows every node, so it imports this module
+
+        return text(self)
 
 
 def _position() -> int:
@@ -105,7 +106,25 @@ class Not(Node):
     operand: Expression
 
 
-Expression = Number | Field | Negative | Binary | Call | Aggregate | Comparison | Logic | Not
+@dataclass(frozen=True)
+class In(Node):
+    """Whether a field's value is among those of a named result: `sample in hot`."""
+
+    field: str
+    name: str
+    position: int = _position()
+
+
+@dataclass(frozen=True)
+class OneOf(Node):
+    """Whether a field's value is one of some whole numbers: `sample in (3, 17, 99)`."""
+
+    field: str
+    values: tuple[int, ...]
+    position: int = _position()
+
+
+Expression = Number | Field | Negative | Binary | Call | Aggregate | Comparison | Logic | Not | In | OneOf
 
 
 @dataclass(frozen=True)
@@ -118,7 +137,7 @@ class Selector(Node):
 
 @dataclass(frozen=True)
 class Weights(Node):
-    """Weights (`w`) or their changes (`dw`) of some parameters."""
+    """The cells of some parameters: `w of fc1.*`; the quantity is a word of `QUANTITIES`."""
 
     quantity: str
     selector: Selector
@@ -143,16 +162,6 @@ class Scope(Node):
 
 
 @dataclass(frozen=True)
-class Show(Node):
-    """Values as recorded, or one row per step, epoch, sample or tensor."""
-
-    items: tuple[Expression | Weights | Table, ...]
-    per: tuple[str, ...] = ()
-    scope: Scope = Scope()
-    where: Expression | None = None
-
-
-@dataclass(frozen=True)
 class Measure(Node):
     """A number made of the cells (visit, parameter) of a quantity: what `top`, `group` and `show ... of` speak of.
 
@@ -161,7 +170,7 @@ class Measure(Node):
         quantity: g (a sample's own gradient), grad (the batch's), w, dw, act, err.
         magnitude: whether it is taken of |quantity|: `sum |g|`.
         absolute: whether |...| stands around the whole: `|sum g|`.
-        condition: of `share |g| > 1e-3`: operator and threshold (a number, or the word "explode"); None elsewhere.
+        condition: of `share(|g| > 1e-3)`: operator and threshold (a number, or the word "explode"); None elsewhere.
     """
 
     aggregate: str
@@ -173,12 +182,30 @@ class Measure(Node):
 
 
 @dataclass(frozen=True)
-class In(Node):
-    """Whether the sample of a row is among those of a named result: `sample in hot`."""
+class Measured(Node):
+    """A measure of the cells of some parameters, as an item of `show`: `sum |g| of fc1.*`."""
 
-    field: str
-    name: str
-    position: int = _position()
+    measure: Measure
+    selector: Selector
+
+
+@dataclass(frozen=True)
+class Show(Node):
+    """Values as recorded, or one row per step, epoch, sample ...; a `Measured` is the only item.
+
+    Attributes:
+        items: what is shown.
+        per: words of UNITS, or of CELL_UNITS for a `Measured`.
+        scope: which steps.
+        where: a condition on rows; of a `Measured` on visits.
+        within: of `approximately within 5%`, 0.05, for a `Measured`; None for exact answers.
+    """
+
+    items: tuple[Expression | Weights | Table | Measured, ...]
+    per: tuple[str, ...] = ()
+    scope: Scope = Scope()
+    where: Expression | None = None
+    within: float | None = None
 
 
 @dataclass(frozen=True)
@@ -239,11 +266,31 @@ class Crosses(Node):
 
 
 @dataclass(frozen=True)
+class Exceeds(Node):
+    """A measure of the cells of a step compares with a number: `share(|grad| > explode) of fc1.* > 10%`.
+
+    Attributes:
+        measure: of the cells of one step.
+        selector: parameters; None for all.
+        operator: < <= > >= = !=.
+        value: the number; it may be negative.
+    """
+
+    measure: Measure
+    selector: Selector | None
+    operator: str
+    value: Number
+
+
+Event = Becomes | Crosses | Exceeds | Expression
+
+
+@dataclass(frozen=True)
 class Last(Node):
     """The last samples before an event."""
 
     count: int
-    event: Becomes | Crosses | Expression
+    event: Event
     every: bool = False
     scope: Scope = Scope()
 
@@ -266,13 +313,40 @@ class Compare(Node):
 
 
 @dataclass(frozen=True)
+class From(Node):
+    """A statement that was saved with the run, by its name."""
+
+    name: str
+    position: int = _position()
+
+
+Plain = Show | Top | Group | Last | Compare | From
+
+
+@dataclass(frozen=True)
 class Explain(Node):
     """What a statement would read, without reading it."""
 
-    statement: Show | Last | Compare
+    statement: Plain
 
 
-Statement = Show | Last | Compare | Explain
+@dataclass(frozen=True)
+class Estimate(Node):
+    """What a statement would cost, without reading it: bytes and seconds."""
+
+    statement: Plain
+
+
+@dataclass(frozen=True)
+class Named(Node):
+    """A statement whose result gets a name: `show loss as hot`."""
+
+    statement: Plain | Explain | Estimate
+    name: str
+    position: int = _position()
+
+
+Statement = Plain | Explain | Estimate | Named
 
 
 def number_text(value: float) -> str:
@@ -296,94 +370,3 @@ def field_text(name: str) -> str:
 def run_text(name: str) -> str:
     """A run's name or path, in backticks where it needs them."""
     return name if _RUN.fullmatch(name) and name != "by" else f"`{name}`"
-
-
-def _level(node: Node) -> int:
-    """How tightly a node binds: 1 (or) to 8 (a name)."""
-    match node:
-        case Binary(operator) | Logic(operator):
-            return _PRECEDENCE[operator]
-        case Not():
-            return 3
-        case Comparison():
-            return 4
-        case Negative():
-            return 7
-        case _:
-            return 8
-
-
-def _inside(node: Node, level: int) -> str:
-    """A node as operand of one that binds at `level`."""
-    return f"({node})" if _level(node) < level else str(node)
-
-
-def _print(node: Node) -> str:
-    """The text of a node."""
-    match node:
-        case Number(typed, percent):
-            return number_text(typed) + "%" * percent
-        case Field(name):
-            return field_text(name)
-        case Negative(operand):
-            return f"-{_inside(operand, 7)}"
-        case Binary(operator, left, right) | Logic(operator, left, right):
-            level = _level(node)
-            return f"{_inside(left, level)} {operator} {_inside(right, level + 1)}"
-        case Call("abs", argument):
-            return f"|{argument}|"
-        case Call(function, argument):
-            return f"{function}({argument})"
-        case Aggregate(function, argument):
-            return function if argument is None else f"{function}({argument})"
-        case Comparison(operator, left, right):
-            return f"{_inside(left, 5)} {operator} {_inside(right, 5)}"
-        case Not(operand):
-            return f"not {_inside(operand, 3)}"
-        case _:
-            return _print_statement(node)
-
-
-def _print_statement(node: Node) -> str:
-    """The text of a statement or of one of its clauses."""
-    match node:
-        case Selector(text) | Table(text):
-            return text
-        case Weights(quantity, selector):
-            return f"{quantity} of {selector}"
-        case Scope():
-            return _print_scope(node)
-        case Show(items, per, scope, where):
-            words = ["show", _list(items), f"per {', '.join(per)}" if per else "", str(scope)]
-            return _join(*words, f"where {where}" if where is not None else "")
-        case Becomes(selector, value, within):
-            how = "exactly" if within is None else f"within {number_text(within)}"
-            return f"{selector} becomes {number_text(value)} {how}"
-        case Crosses(selector, value):
-            return f"{selector} crosses {number_text(value)}"
-        case Last(count, event, every, scope):
-            return _join(f"last {count} samples before", "every" if every else "", str(event), str(scope))
-        case RunName(name):
-            return run_text(name)
-        case Compare(runs, measures, scope):
-            return _join(f"compare {_list(runs)} by {', '.join(measures)}", str(scope))
-        case Explain(statement):
-            return f"explain {statement}"
-        case _:
-            raise TypeError(f"{type(node).__name__} is no node of the language")
-
-
-def _print_scope(scope: Scope) -> str:
-    if scope.kind == "all":
-        return ""
-    if scope.first == scope.last:
-        return f"during epoch {scope.first}" if scope.kind == "epochs" else f"at step {scope.first}"
-    return f"during {scope.kind} {scope.first}..{scope.last}"
-
-
-def _list(nodes: tuple[Node, ...]) -> str:
-    return ", ".join(map(str, nodes))
-
-
-def _join(*words: str) -> str:
-    return " ".join(word for word in words if word)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 VERBS = {
     "show": "show loss, |grad| during epoch 3",
+    "top": "top 20 samples per weight of fc1.* by sum |g| during epoch 3",
+    "group": "group weights by sum |grad| into 8 over all",
     "last": "last 50 samples before fc1.weight[3,5] becomes 0 within 1e-6",
     "compare": "compare runA, runB by progress(loss), dist(w, init), acc at step 500",
+    "from": "from hot",
     "explain": "explain show w of fc1.* at step 0",
+    "estimate": "estimate top 20 samples per weight of fc1.* by sum |g|",
 }
-"""The verbs that are built, each with an example."""
+"""The verbs, each with an example."""
 
-UNBUILT_VERBS = ("top", "group", "estimate")
-"""Verbs of the language that a later version brings."""
+PREFIXES = ("explain", "estimate")
+"""Verbs that stand before a whole statement."""
 
 STEP_FIELDS = {
     "step": "number of the optimizer step, from 0",
@@ -30,6 +34,7 @@ VISIT_FIELDS = {
     "position": "place in the batch, from 0",
     "epoch": "number of the epoch",
     "sample": "index of the sample in the data set",
+    "class": "class of the sample's target (-1 none)",
     "loss": "loss of the sample at that step",
     "correct": "1 right, 0 wrong (NaN unknown)",
 }
@@ -99,11 +104,71 @@ AGGREGATES = {
     "last": "last one",
 }
 
-UNITS = ("step", "epoch", "sample", "tensor")
-"""What `per` knows."""
+QUANTITIES = {
+    "g": "the sample's own gradient",
+    "grad": "the gradient of the batch, as in p.grad",
+    "w": "the weights before the step",
+    "dw": "what the step changed of the weights",
+    "act": "the layer's input",
+    "err": "the loss's gradient at the layer's output, also delta",
+}
+"""What has cells: a value for each visit and parameter, or for each step and parameter (grad, w, dw)."""
 
-UNBUILT_UNITS = ("layer", "batch", "class", "weight", "unit", "run")
-"""What `per` will know in a later version."""
+SAME_QUANTITY = {"delta": "err"}
+"""Other words for quantities."""
+
+MEASURE_AGGREGATES = {
+    "sum": "sum of the cells",
+    "mean": "mean of the cells",
+    "max": "largest cell, by signed value; max |g| by magnitude",
+    "var": "variance of the cells",
+    "count": "number of cells other than 0",
+    "norm": "Euclidean norm of the cells",
+    "share": "share of the cells beyond a threshold: share(|grad| > 1e-3), share(|grad| > explode)",
+    "net": "net dw: how far the weight moved from the first step to the last",
+    "path": "path dw: how far it moved in all, sum |dw|",
+}
+"""What a measure makes of cells."""
+
+DISPLACEMENTS = ("net", "path")
+"""Aggregates that are taken of dw alone."""
+
+EXPLODE = "explode"
+"""The threshold 10 x the layer's RMS gradient, as the median over the last 100 steps."""
+
+MEMBERS = {
+    "sample": "a sample of the data set",
+    "class": "the samples of one class",
+    "batch": "the visits of one step; also: step",
+    "epoch": "the visits of one epoch",
+    "token": "the positions of one token id",
+    "position": "one position of the sequence",
+    "weight": "one parameter",
+    "unit": "the parameters of one output unit: a row of a weight matrix, a filter",
+    "layer": "the parameters of one layer",
+    "tensor": "the parameters of one tensor",
+}
+"""What `top` ranks and `group` divides."""
+
+SAME_MEMBER = {"step": "batch"}
+"""Other words for members."""
+
+PLURALS = {name: f"{name}es" if name in ("class", "batch") else f"{name}s" for name in (*MEMBERS, *SAME_MEMBER)}
+
+WITHOUT_FIELDS = ("weight", "unit")
+"""Members of which nothing is recorded but their cells: only a measure ranks them."""
+
+UNITS = ("step", "epoch", "sample", "tensor", "class")
+"""What `show ... per` knows for recorded fields."""
+
+CELL_UNITS = (*UNITS, "layer", "weight", "unit", "token", "position")
+"""What `show ... per` knows for a measure of cells."""
+
+SAME_UNIT = {"batch": "step"}
+"""Other words for units."""
+
+IN_FIELDS = ("sample", "class", "step", "epoch")
+"""Fields that may be among a list of numbers, or among those of a named result."""
 
 MEASURES = {
     "progress(loss)": "(L0 - Lt) / (L0 - Lmin), Lmin over all compared runs",
@@ -115,7 +180,7 @@ MEASURES = {
 }
 """What `compare ... by` knows."""
 
-CLAUSES = ("per", "during", "at", "over", "where", "by", "of")
+CLAUSES = ("per", "during", "at", "over", "where", "by", "of", "into", "in", "approximately", "as")
 RESERVED = frozenset((
     *CLAUSES, "and", "or", "not", "becomes", "crosses", "exactly", "within", "before", "every",
     *TABLES, *FUNCTIONS, *AGGREGATES,

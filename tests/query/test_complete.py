@@ -15,7 +15,7 @@ def words(text: str, store: MemoryStore | None = None) -> list[str]:
 @pytest.mark.parametrize(
     ("text", "first"),
     [
-        ("", ["explain", "show", "last", "compare"]),
+        ("", ["explain", "estimate", "show", "top", "group", "last", "compare", "from"]),
         ("sh", ["show"]),
         ("explain s", ["show"]),
         ("show lo", ["loss", "log2("]),

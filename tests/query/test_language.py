@@ -175,14 +175,8 @@ def test_percent_is_a_hundredth():
         ),
         (
             "SHOW loss",
-            'found "SHOW" where a verb (show, last, compare, explain) is needed; did you mean "show"?\n'
+            'found "SHOW" where a verb (show, top, group, last, compare, from, explain, estimate) is needed; did you mean "show"?\n'
             "  SHOW loss\n  ^",
-        ),
-        (
-            "top 20 samples per weight of fc1.* by sum |g|",
-            '"top" is not built yet; this version knows show, last, compare, explain.\n'
-            "  top 20 samples per weight of fc1.* by sum |g|\n"
-            "  ^",
         ),
         (
             "last 50 samples before fc1.weight[3,5] becoms 0",
@@ -191,10 +185,10 @@ def test_percent_is_a_hundredth():
             "                                         ^",
         ),
         (
-            "last 50 samples before share(|grad| > 3) > 10%",
-            "an event over many values (share, mean, max ...) is not built yet; it may speak of the values of one "
-            "step: loss > 5, |grad| > 10, nan(loss).\n"
-            "  last 50 samples before share(|grad| > 3) > 10%\n"
+            "last 50 samples before mean(loss) > 3",
+            "an event speaks of the values of one step (loss > 5, |grad| > 10, nan(loss)) or of its cells "
+            "(share(|grad| > explode) > 10%, max |g| of fc1.* > 3).\n"
+            "  last 50 samples before mean(loss) > 3\n"
             "                         ^",
         ),
         (
@@ -208,8 +202,8 @@ def test_percent_is_a_hundredth():
         ("show `val loss", "a backtick opens a name here and none closes it.\n  show `val loss\n       ^"),
         ("show\tloss;", '";" has no meaning here; a name with such a character is written in backticks.\n'
                         "  show loss;\n           ^"),
-        ("show loss per class", '"per class" is not built yet; this version knows step, epoch, sample, tensor.\n'
-                                "  show loss per class\n                ^"),
+        ("show loss per layer", "cells are told apart per layer (show sum |g| of all per layer), recorded fields per "
+                                "step, epoch, sample, tensor, class.\n  show loss per layer\n                ^"),
         ("show median(loss)", 'no function is called "median"; known: abs, log2, sqrt, nan, inf, mean, min, max, sum, '
                               "count, share, first, last.\n  show median(loss)\n       ^"),
         ("show loss during steps 9..3", "this range ends before it begins; write 3..9.\n"
