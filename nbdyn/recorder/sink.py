@@ -94,11 +94,6 @@ class Sink:
         """How many steps are on disk, counted from the run's first."""
         return self._committer.flushed
 
-    @property
-    def bytes_captured(self) -> int:
-        """Bytes on disk, of what was captured."""
-        return self._committer.bytes_captured
-
     # Called on the training thread ----------------------------------------------------------------------------
 
     def put(self, record: StepRecord, urgent: bool) -> None:

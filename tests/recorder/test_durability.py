@@ -664,11 +664,11 @@ def test_going_on_with_a_large_journal(
     second.rec.close()
     assert list(journal.numbers(str(first.path))) == []
     assert "this recording wrote 64 visits in" in capsys.readouterr().out
-    assert second.rec._sink.bytes_captured == 0
+    assert second.rec._sink._committer.bytes_captured == 0
     third = Wide(tmp_path / "run", snapshot_every=1000, mode="resume")
     third.train(1)
     third.rec.close()
-    assert 0 < third.rec._sink.bytes_captured < size / 10
+    assert 0 < third.rec._sink._committer.bytes_captured < size / 10
 
 
 def sink_full() -> None:
