@@ -125,11 +125,12 @@ class Run:
         """The training state before step `step` (the final one for `len(run)`; negative counts from there).
 
         Raises:
-            NotRecorded: if weights[step] is not stored; the message names the nearest and the way to rebuild it.
+            NotRecorded: if the run has no such step.
         """
         step = step + len(self) + 1 if step < 0 else step
-        self.weights.require(step)
-        return Moment(self.store, step)
+        if not 0 <= step <= len(self):
+            self.weights.require(step)
+        return Moment(self.store, step, self.model, self.data)
 
     def replay(
         self,

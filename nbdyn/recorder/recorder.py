@@ -57,6 +57,7 @@ class Recorder:
         budget: str | int = "20 GB",
         note: str | None = None,
         view: Callable[[Recorder], Any] | None = None,
+        rerun: dict[str, Any] | None = None,
     ) -> None:
         _check_choices(weights, snapshot_every, mode)
         limit, memory = parse_size(budget), parse_size(options.memory)
@@ -70,6 +71,8 @@ class Recorder:
         extent = row_extent(row_bytes, weights == "every")
         config = describe(model, optimizer, loss_fn, weights, snapshot_every, extent)
         config["per_sample"] = None if capture is None else capture.to_json()
+        if rerun is not None:  # which run this one repeats, and with what change
+            config["rerun"] = rerun
         if capture is not None:
             check_capturable(model, capture, config["tensors"])
         self._target: Target = open_target(path, mode, config)

@@ -121,7 +121,7 @@ def advance(
     Raises:
         NotRecorded: where a step cannot be repeated (unknown samples, several batches accumulated).
     """
-    plan = _Plan(store, start, stop)
+    plan = Plan(store, start, stop)
     fetch = as_fetch(data)
     device = next(model.parameters()).device
     parameters = [p for _, p in named_parameters(model)]
@@ -130,8 +130,8 @@ def advance(
         each(step)
         if plan.skipped[step - start]:
             continue
-        plan.before_forward(step, optimizer)
         inputs, targets = fetch(plan.samples(step))
+        plan.before_forward(step, optimizer)  # after fetching, which may draw random numbers
         optimizer.zero_grad()
         loss_fn(model(inputs.to(device)), targets.to(device)).backward()
         plan.change_gradient(step, parameters)
@@ -139,8 +139,14 @@ def advance(
     each(stop)
 
 
-class _Plan:
-    """What was recorded of the steps to repeat, read in one go."""
+class Plan:
+    """What was recorded of the steps to repeat, start..stop-1, read in one go.
+
+    Attributes:
+        start: the first step.
+        skipped: which steps GradScaler skipped, (steps,) bool.
+        replaced: the steps whose gradient was replaced as a whole before the optimizer saw it, ascending.
+    """
 
     def __init__(self, store: Store, start: int, stop: int) -> None:
         self.start = start
@@ -154,6 +160,8 @@ class _Plan:
         self._rng = state.read_range(store, PART_RNG, start, stop)
         self._groups = state.read_range(store, PART_GROUPS, start, stop)
         self._gradients = state.read_range(store, PART_GRADIENT, start, stop)
+        self._factors = self._scalars.get(GRAD_FACTOR, np.full(len(self.skipped), np.nan))
+        self.replaced = [step for step in sorted(self._gradients) if np.isnan(self._factors[step - start])]
         first = state.latest(store, start, PART_RNG)
         if first is not None:
             self._rng.setdefault(start, first)
@@ -184,7 +192,7 @@ class _Plan:
 
     def change_gradient(self, step: int, parameters: list[nn.Parameter]) -> None:
         """The gradient as the optimizer saw it."""
-        factor = self._scalars.get(GRAD_FACTOR, np.full(len(self.skipped), np.nan))[step - self.start]
+        factor = self._factors[step - self.start]
         if not np.isnan(factor):
             foreach.multiply_([p.grad for p in parameters if p.grad is not None], float(factor))
         elif step in self._gradients:

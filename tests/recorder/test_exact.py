@@ -233,7 +233,7 @@ def test_only_recorded_steps_can_be_loaded(tmp_path: Path) -> None:
     model = problems.mlp(12, 8, 4)
     run, _ = _run(tmp_path, model, torch.optim.SGD(model.parameters(), 0.1), nn.CrossEntropyLoss(), snapshot_every=4)
     with pytest.raises(NotRecorded, match=r"snapshots every 4 steps, not weights\[6\]; the nearest is weights\[4\]"):
-        run.at(6)
+        run.at(6).load_into(model)
     with pytest.raises(Incompatible, match=r"0\.weight has shape \[9, 12\], not \[8, 12\]"):
         run.at(4).load_into(problems.mlp(12, 9, 4))
 
