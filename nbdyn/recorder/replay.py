@@ -18,9 +18,10 @@ from tqdm.auto import tqdm
 from nbdyn.errors import Incompatible, NotRecorded
 from nbdyn.recorder import foreach, snapshot
 from nbdyn.recorder.describe import buffers, named_parameters
-from nbdyn.schema import GRAD_FACTOR, LR, PART_GRADIENT, PART_GROUPS, PART_RNG, PART_SNAPSHOT
+from nbdyn.schema import GRAD_FACTOR, LR, PART_GRADIENT, PART_GROUPS, PART_RNG
 from nbdyn.store import Store, frames, state
 from nbdyn.store.names import select
+from nbdyn.store.optimizer_state import read_snapshot, set_groups
 from nbdyn.store.provenance import with_provenance
 
 PROGRESS_STEPS = 500
@@ -184,7 +185,7 @@ class Plan:
             torch.set_rng_state(torch.frombuffer(bytearray(self._rng[step]), dtype=torch.uint8))
         if step in self._groups:
             groups = json.loads(self._groups[step])
-            snapshot.set_groups(optimizer, groups)
+            set_groups(optimizer, groups)
         for number, group in enumerate(optimizer.param_groups):
             rates = self._scalars.get(LR.format(number))
             if rates is not None:
@@ -254,11 +255,7 @@ def load_state(
                     value.copy_(flat.view(value.shape))
     if optimizer is None:
         return
-    data = state.read(store, step, PART_SNAPSHOT)
-    if data is None:
-        anchor = state.last_snapshot(store, step)
-        raise NotRecorded(f"{store.name} holds no optimizer state at step {step}; the last one before is at {anchor}.")
-    recorded = snapshot.from_bytes(data)
+    recorded = read_snapshot(store, step)
     snapshot.restore_optimizer(optimizer, recorded)
     snapshot.set_modes(model, recorded)
     snapshot.restore_generators(recorded)

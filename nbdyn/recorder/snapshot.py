@@ -6,23 +6,15 @@ import contextlib
 import json
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from nbdyn.errors import CorruptRun, Incompatible
+from nbdyn.errors import Incompatible
 from nbdyn.recorder.describe import as_json, clean_name, groups_as_json, python_rng
-
-
-@dataclass(slots=True)
-class Snapshot:
-    """Copies of the training state, made on the training thread and serialized on the writer's."""
-
-    tensors: dict[str, torch.Tensor]
-    entries: dict[str, Any]
+from nbdyn.store.optimizer_state import Snapshot, set_groups
 
 
 def take(model: nn.Module, optimizer: torch.optim.Optimizer, rng: dict[str, Any]) -> Snapshot:
@@ -73,23 +65,6 @@ def to_bytes(snapshot: Snapshot) -> bytes:
     return save(tensors)
 
 
-def from_bytes(data: bytes) -> Snapshot:
-    """Read what `to_bytes` wrote.
-
-    Raises:
-        CorruptRun: if the bytes are damaged.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    try:
-        tensors = load(data)
-        entries = json.loads(tensors.pop("entries").numpy().tobytes())
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise CorruptRun(f"a snapshot of the optimizer is damaged: {error}") from error
-    return Snapshot(tensors, entries)
-
-
 def restore_optimizer(optimizer: torch.optim.Optimizer, snapshot: Snapshot) -> None:
     """Put recorded state and param-group options into an optimizer over the same parameters.
 
@@ -112,13 +87,6 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, snapshot: Snapshot) -> N
     for name, value in snapshot.entries["optimizer_values"].items():
         place, _, key = name.partition("/")
         optimizer.state[parameters[int(place)]][key] = value
-
-
-def set_groups(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
-    """Set the options of every param group from their JSON form (lists become tuples, as betas are)."""
-    for group, options in zip(optimizer.param_groups, groups, strict=True):
-        for key, value in options.items():
-            group[key] = tuple(value) if isinstance(value, list) else value
 
 
 def restore_generators(snapshot: Snapshot) -> None:

@@ -143,7 +143,7 @@ class Reader:
                     row = int(np.searchsorted(captured, step))
                     some = part.at(slice(step, step + 1))
                     indices = np.concatenate(some.needs.indices)
-                    added = _total(some.needs.site, some.block, indices)
+                    added = sum_over_visits(some.needs.site, some.block, indices)
                     scaled = added if scales is None else added * scales[row].astype(added.dtype)
                     out[row if per_step else 0, np.concatenate(some.needs.where)] += scaled
 
@@ -195,7 +195,7 @@ class Reader:
         return Piece(key // _PLACES, key % _PLACES, sample, columns, values)
 
 
-def _total(site: Site, block: Block, indices: np.ndarray) -> np.ndarray:
+def sum_over_visits(site: Site, block: Block, indices: np.ndarray) -> np.ndarray:
     """The sum over the visits, (k,): of whole tensors by one product, of a few parameters from their cells."""
     if 4 * len(indices) < site.size:
         return closed.cells(site, block, indices).sum(axis=0)
