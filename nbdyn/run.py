@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -172,8 +173,12 @@ class Run:
         assert model is not None
         return replay(self.store, t0, t1, model, loss_fn, data, of, optimizer)
 
-    def query(self, text: str) -> pd.DataFrame:
+    def query(self, text: str, names: Callable[[str], Any] | None = None) -> pd.DataFrame:
         """Answer a statement of the query language; `attrs["nbdyn"]` of the result says where it came from.
+
+        Args:
+            text: the statement.
+            names: gives what a name stands for in `where sample in hot`: a frame with this column, or numbers.
 
         Raises:
             QueryError: if the statement cannot be read, with a caret under the place.
@@ -183,7 +188,7 @@ class Run:
         from nbdyn import query
 
         self.refresh()
-        return query.execute(text, self.store)
+        return query.execute(text, self.store, names=names)
 
     def cockpit(self) -> Cockpit:
         """Loss, learning rate, gradient norm and update/weight ratio over all steps, as a widget."""

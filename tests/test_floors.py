@@ -21,7 +21,8 @@ FLOORS = {
     "analysis": 3,
     "parallel": 4, "plots": 4,
     "widgets": 5,
-    "accessor": 6, "magics": 6, "run": 6, "moment": 6, "recording": 6, "folder": 6, "demo": 6, "doctor": 6,
+    "magics": 6, "magic_options": 6, "magic_names": 6, "magic_completion": 6,
+    "accessor": 6, "run": 6, "moment": 6, "recording": 6, "folder": 6, "demo": 6, "doctor": 6,
     "__main__": 6,
 }  # fmt: skip
 """The floor of each room (a folder or a file of nbdyn). `__init__` is the door: it stands outside."""

@@ -16,8 +16,9 @@ from IPython.core.error import UsageError
 from IPython.core.interactiveshell import InteractiveShell
 
 import nbdyn.run
-from nbdyn import magics
-from nbdyn.magics import split_options, statements
+from nbdyn import magic_names, magics
+from nbdyn.errors import NbdynError
+from nbdyn.magic_options import split_options, statements
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +109,9 @@ def test_any_line_is_options_and_a_rest_or_a_usage_error(line: str):
         ("-o", "-o needs a name for the result: -o result."),
         ("-r", "-r needs a variable or path: -r runs/fc."),
         ("-o 2x show loss", '"2x" is no name for a variable; write -o result.'),
+        ("-o class show loss", '"class" is no name for a variable; write -o result.'),
+        ("--save", "--save needs a name for the statement: --save hot."),
+        ("-s a.b show loss", '"a.b" is no name for a variable; write --save hot.'),
         ("- show", 'unknown option "-"; did you mean'),
     ],
 )
@@ -162,6 +166,95 @@ def test_explain(shell: InteractiveShell, run: nbdyn.run.Run):
     assert list(dyn(shell, "explain show loss")["array"]) == ["steps"]
 
 
+# Names ------------------------------------------------------------------------------------------------------------
+
+
+def test_as_stores_a_result_and_shows_nothing(
+    shell: InteractiveShell, run: nbdyn.run.Run, monkeypatch: pytest.MonkeyPatch
+):
+    assert dyn(shell, "show loss at step 2 as low") is None
+    assert list(shell.user_ns["low"]["step"]) == [2]
+    shown: list[Any] = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    last = shell.run_cell_magic("dyn", "", "show loss as low\nshow acc\nexplain show lr as plan\nshow |grad|\n")
+    assert [list(frame.columns) for frame in shown] == [["step", "acc"]] and list(last.columns) == ["step", "|grad|"]
+    assert len(shell.user_ns["low"]) == 6 and list(shell.user_ns["plan"]["array"]) == ["steps"]
+    assert dyn(shell, "-o kept show loss at step 1 as low") is None
+    pd.testing.assert_frame_equal(shell.user_ns["kept"], shell.user_ns["low"])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("number", '"number" holds a int, no frame; type another name after "as", or del number first.'),
+        ("list", '"list" is a word of Python; type another name after "as".'),
+        ("if", '"if" cannot be the name of a variable; type another, such as hot.'),
+    ],
+)
+def test_as_overwrites_frames_only(shell: InteractiveShell, run: nbdyn.run.Run, name: str, message: str):
+    shell.user_ns["number"] = 3
+    notes = len(run.notes)
+    assert error(shell, f"show loss as {name}").startswith(message)
+    assert shell.user_ns["number"] == 3 and len(run.notes) == notes
+
+
+def test_save_and_from(shell: InteractiveShell, run: nbdyn.run.Run, capsys: pytest.CaptureFixture[str]):
+    before = len(run.notes)
+    dyn(shell, "-s first show loss during epoch 1")
+    assert "saved with fc; %dyn from first runs it again" in capsys.readouterr().out
+    pd.testing.assert_frame_equal(dyn(shell, "from first"), dyn(shell, "show loss during epoch 1"))
+    assert list(dyn(shell, "explain from first")["array"]) == ["steps"]
+    assert dyn(shell, "from first as again") is None and len(shell.user_ns["again"]) == 3
+    assert list(run.notes["kind"][before:]) == ["statement", "saved", *["statement"] * 3]
+    assert error(shell, "from frist").endswith('did you mean "first"?')
+
+
+def test_a_cell_is_saved_whole(shell: InteractiveShell, run: nbdyn.run.Run, monkeypatch: pytest.MonkeyPatch):
+    shell.run_cell_magic("dyn", "--save both", "show loss as low\nshow acc\n  at step 1\nshow lr")
+    del shell.user_ns["low"]
+    shown: list[Any] = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    assert list(dyn(shell, "from both").columns) == ["step", "lr"]
+    assert [list(frame["step"]) for frame in shown] == [[1]] and len(shell.user_ns["low"]) == 6
+    assert "both holds 3 statements" in error(shell, "explain from both")
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ("# nothing", "there is no statement to save"),
+        ("from other", "save the statement itself"),
+        ("show los,", "ends here"),
+    ],
+)
+def test_what_cannot_be_saved(shell: InteractiveShell, run: nbdyn.run.Run, cell: str, message: str):
+    before = len(run.notes)
+    with pytest.raises(UsageError, match=message):
+        shell.run_cell_magic("dyn", "--save bad", cell)
+    assert len(run.notes) == before
+
+
+def test_a_named_result_in_a_condition(shell: InteractiveShell, run: nbdyn.run.Run):
+    cell = "show mean(loss) per sample where sample in (3, 7, 9) as hot\nshow count per sample where sample in hot\n"
+    assert list(shell.run_cell_magic("dyn", "", cell)["sample"]) == [3, 7, 9]
+    shell.user_ns["ids"] = {2, 5}
+    assert list(dyn(shell, "show count per sample where sample in ids")["sample"]) == [2, 5]
+    assert len(dyn(shell, "show count per sample where sample not in ids")) == 10
+    assert error(shell, "show loss where sample in idz").startswith('no variable is called "idz"; did you mean "ids"?')
+
+
+def test_names_in_conditions_are_variables(shell: InteractiveShell):
+    shell.user_ns |= {"hot": pd.DataFrame({"sample": [1]}), "ids": [3, 4], "number": 3}
+    assert magic_names.collection(shell, "ids") == [3, 4]
+    assert magic_names.collection(shell, "hot") is shell.user_ns["hot"]
+    shell.user_ns["seen"] = {4, 1}
+    assert magic_names.collection(shell, "seen") == [1, 4]
+    with pytest.raises(NbdynError, match='no variable is called "hto"; did you mean "hot"'):
+        magic_names.collection(shell, "hto")
+    with pytest.raises(NbdynError, match='"number" holds a int; a frame with a column "sample", or a list of ids'):
+        magic_names.collection(shell, "number")
+
+
 # Runs -------------------------------------------------------------------------------------------------------------
 
 
@@ -194,7 +287,7 @@ def test_help(shell: InteractiveShell, capsys: pytest.CaptureFixture[str], folde
     dyn(shell, "")
     told = capsys.readouterr().out
     assert told.startswith("%dyn speaks to fc (")
-    for verb in ("show", "last", "compare", "explain", "open", "runs"):
+    for verb in ("show", "top", "group", "last", "compare", "from", "explain", "estimate", "open", "runs"):
         assert f"  {verb:8} %dyn {verb}" in told
 
 
@@ -250,12 +343,23 @@ def completions(shell: InteractiveShell, text: str) -> list[str]:
         ("%%dyn\nshow loss\nlast 5 samples be", "last 5 samples before"),
         ("%%dyn -o x\ncompare fc, fc-2\n  by di", "  by dist(w, init)"),
         ("%%dyn\ncompare fc, fc-2 by\nlo", "loss"),
+        ("%dyn top 5 we", "%dyn top 5 weights"),
+        ("%dyn top 5 weights of 0.", "%dyn top 5 weights of 0.weight"),
+        ("%dyn top 5 weights by sum |g", "%dyn top 5 weights by sum |grad|"),
+        ("%dyn show loss where sample in ho", "%dyn show loss where sample in hot"),
+        ("%dyn --sa", "%dyn --save"),
         ("%dyn --ru", "%dyn --run"),
         ("%%dyn --ou", "%%dyn --out"),
     ],
 )
 def test_completion(shell: InteractiveShell, run: nbdyn.run.Run, text: str, completed: str):
+    shell.user_ns["hot"] = [1, 2]
     assert completed in completions(shell, text)
+
+
+def test_completion_of_saved_statements(shell: InteractiveShell, run: nbdyn.run.Run):
+    dyn(shell, "-s latest show loss")
+    assert "%dyn from latest" in completions(shell, "%dyn from lat")
 
 
 def test_completion_of_runs(shell: InteractiveShell, run: nbdyn.run.Run, monkeypatch: pytest.MonkeyPatch, folder: Path):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from nbdyn.query.expressions import ExpressionParser
 from nbdyn.query.tokens import Scanner
-from nbdyn.query.tree import Scope, Selector
+from nbdyn.query.tree import Expression, Scope, Selector
 from nbdyn.query.words import CELL_UNITS, MEMBERS, PLURALS, SAME_MEMBER, SAME_UNIT
 
+_NO_AGGREGATE = "a condition speaks of one row at a time; mean, share and the like stand in show ... per epoch."
 _MEMBER_FORMS = {form: word for word in (*MEMBERS, *SAME_MEMBER) for form in (word, PLURALS[word])}
 _UNIT_FORMS = {"run": "run"} | {form: word for word in (*CELL_UNITS, *SAME_UNIT) for form in (word, PLURALS[word])}
 
@@ -29,10 +30,10 @@ def read_member(scanner: Scanner, *, plural: bool) -> str:
     return SAME_MEMBER.get(word, word)
 
 
-def read_unit(scanner: Scanner) -> str:
-    """A word of CELL_UNITS, taken."""
+def read_unit(scanner: Scanner, offered: tuple[str, ...]) -> str:
+    """A word of CELL_UNITS, taken; `offered` are those that fit here."""
     start = scanner.position
-    word = _read_form(scanner, _UNIT_FORMS, [*CELL_UNITS, *SAME_UNIT])
+    word = _read_form(scanner, _UNIT_FORMS, [*offered, *SAME_UNIT])
     if word == "run":
         raise scanner.error("a statement asks one run; several are set side by side: compare a, b by loss.", start)
     return SAME_UNIT.get(word, word)
@@ -45,6 +46,18 @@ def _read_form(scanner: Scanner, forms: dict[str, str], offered: list[str]) -> s
         raise scanner.unexpected(f"one of {', '.join(offered)}")
     scanner.advance()
     return forms[token.text]
+
+
+def read_tail(parser: ExpressionParser) -> tuple[Scope, Expression | None]:
+    """Scope and `where`, in either order, taken."""
+    scope = read_scope(parser)
+    where = None
+    if parser.scanner.accept("where"):
+        with parser.without_aggregates(_NO_AGGREGATE):
+            where = parser.condition()
+    if scope is None and where is not None:
+        scope = read_scope(parser)
+    return scope or Scope(), where
 
 
 def read_scope(parser: ExpressionParser) -> Scope | None:

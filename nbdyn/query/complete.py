@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nbdyn.errors import NbdynError
 from nbdyn.query.language import expected_at_end
-from nbdyn.query.words import AGGREGATES, FIELDS, FUNCTIONS, MEASURES
+from nbdyn.query.words import (
+    AGGREGATES,
+    DISPLACEMENTS,
+    FIELDS,
+    FUNCTIONS,
+    MEASURE_AGGREGATES,
+    MEASURES,
+    QUANTITIES,
+    SAME_QUANTITY,
+)
 
 if TYPE_CHECKING:
     from nbdyn.store import Store
 
 _PLAIN_WORD = re.compile(r"`[^`]*$|\|?[\w]*$")
+_KINDS = {"<field>": "field", "<selector>": "parameter", "<aggregate>": "measure", "<quantity>": "quantity",
+          "<measure>": "measure", "<run>": "run", "<name>": "name", "<saved>": "statement"}  # fmt: skip
 _PATH_WORD = re.compile(r"`[^`]*$|[\w./:~@+*?-]*$")
 
 
@@ -27,8 +38,11 @@ class Completion:
     kind: str
 
 
+Names = Callable[[], Iterable[str]]
+
+
 def complete(
-    text: str, store: Store | None = None, runs: Callable[[], Iterable[str]] | None = None
+    text: str, store: Store | None = None, runs: Names | None = None, names: Names | None = None
 ) -> list[Completion]:
     """The words that may come next.
 
@@ -36,6 +50,7 @@ def complete(
         text: a statement up to the cursor.
         store: the run that is asked; without it only the words of the language are offered.
         runs: gives names of runs, for `compare`; by default those beside `store`.
+        names: gives names of results, for `sample in ...`; by default there are none.
 
     Returns:
         Completions, those of the language first, each with what the half-typed word begins with.
@@ -43,6 +58,16 @@ def complete(
     >>> [word.text for word in complete("last 50 samples before ev")]
     ['every']
     """
+    places: dict[str, Names] = {
+        "<field>": lambda: [*_fields(store), *(f"{name}(" for name in (*FUNCTIONS, *AGGREGATES))],
+        "<selector>": lambda: _selectors(store),
+        "<aggregate>": lambda: [f"{name} dw" if name in DISPLACEMENTS else f"{name}(" for name in MEASURE_AGGREGATES],
+        "<quantity>": lambda: [form for name in (*QUANTITIES, *SAME_QUANTITY) for form in (name, f"|{name}|")],
+        "<measure>": lambda: MEASURES,
+        "<run>": lambda: _runs(store, runs),
+        "<name>": lambda: names() if names is not None else (),
+        "<saved>": lambda: _saved(store),
+    }
     found: dict[str, Completion] = {}
     # A half-typed word may be the beginning of a plain word, or of a name with dots: the place before either is asked.
     for pattern in (_PLAIN_WORD, _PATH_WORD):
@@ -54,32 +79,24 @@ def complete(
             continue
         if pattern is _PLAIN_WORD and text[:start].endswith("."):
             continue
-        for word, kind in _offers(text[:start], store, runs):
+        for word, kind in _offers(text[:start], places):
             if word.startswith(typed) and word != typed:
                 found.setdefault(word, Completion(word, start, kind))
     return list(found.values())
 
 
-def _offers(before: str, store: Store | None, runs: Callable[[], Iterable[str]] | None) -> list[tuple[str, str]]:
+def _offers(before: str, places: dict[str, Names]) -> Iterator[tuple[str, str]]:
     """Every word that may follow a beginning, with its kind."""
     try:
         expected = expected_at_end(before)
     except NbdynError:
-        return []  # longer than a statement may be: nothing may follow
-    offers: list[tuple[str, str]] = []
+        return  # longer than a statement may be: nothing may follow
     for item in expected:
-        if item == "<field>":
-            offers += [(name, "field") for name in _fields(store)]
-            offers += [(f"{name}(", "function") for name in (*FUNCTIONS, *AGGREGATES)]
-        elif item == "<selector>":
-            offers += [(name, "parameter") for name in _selectors(store)]
-        elif item == "<measure>":
-            offers += [(name, "measure") for name in MEASURES]
-        elif item == "<run>":
-            offers += [(name, "run") for name in _runs(store, runs)]
+        if item in places:
+            for word in places[item]():
+                yield word, "function" if word.endswith("(") else _KINDS[item]
         elif item[0].isalpha():
-            offers.append((item, "keyword"))
-    return offers
+            yield item, "keyword"
 
 
 def _fields(store: Store | None) -> list[str]:
@@ -102,7 +119,16 @@ def _selectors(store: Store | None) -> list[str]:
     return [*(str(tensor["name"]) for tensor in tensors), *(f"{layer}.*" for layer in layers if layer)]
 
 
-def _runs(store: Store | None, runs: Callable[[], Iterable[str]] | None) -> list[str]:
+def _saved(store: Store | None) -> list[str]:
+    """Names of the statements that were saved with the run."""
+    if store is None:
+        return []
+    from nbdyn.query.saved import saved_names
+
+    return saved_names(store)
+
+
+def _runs(store: Store | None, runs: Names | None) -> list[str]:
     from nbdyn.query.tree import run_text
 
     if runs is None:

@@ -30,12 +30,12 @@ import re
 from dataclasses import replace
 
 from nbdyn.errors import QueryError, did_you_mean
-from nbdyn.query.clauses import read_member, read_scope, read_selector, read_unit, read_within
+from nbdyn.query.clauses import read_scope, read_selector, read_tail, read_unit, read_within
 from nbdyn.query.expressions import ExpressionParser
 from nbdyn.query.measures import measure_follows, read_measure, read_quantity, try_measure
+from nbdyn.query.top_group import read_group, read_top
 from nbdyn.query.tree import (
     Becomes,
-    Call,
     Compare,
     Crosses,
     Estimate,
@@ -43,7 +43,6 @@ from nbdyn.query.tree import (
     Exceeds,
     Explain,
     Expression,
-    Field,
     From,
     Group,
     Last,
@@ -62,20 +61,18 @@ from nbdyn.query.tree import (
 )
 from nbdyn.query.words import (
     AGGREGATES,
+    CELL_UNITS,
     EXPLODE,
-    MEASURE_AGGREGATES,
     MEASURES,
-    PLURALS,
+    ONLY_CELLS,
     PREFIXES,
     QUANTITIES,
     SAME_QUANTITY,
     TABLES,
     UNITS,
     VERBS,
-    WITHOUT_FIELDS,
 )
 
-_NO_AGGREGATE_WHERE = "a condition speaks of one row at a time; mean, share and the like stand in show ... per epoch."
 _NO_AGGREGATE_EVENT = (
     "an event speaks of the values of one step (loss > 5, |grad| > 10, nan(loss)) or of its cells "
     "(share(|grad| > explode) > 10%, max |g| of fc1.* > 3)."
@@ -84,8 +81,6 @@ _EXACT_ONLY = (
     "only measures of cells are approximated (top 20 samples by sum |g| approximately within 5%); "
     "this is read exactly: leave it out."
 )
-_ONLY_CELLS = ("g", "act", "err")
-"""Quantities of which nothing but cells is recorded: no field is called so."""
 _BEFORE_A_NAME = ("not", *AGGREGATES)
 """Words of a condition that a name may follow, unlike a parameter."""
 _PARAMETER = re.compile(r"[\[*]|\.[^\W\d]|[^\W\d]\w*\.")
@@ -129,8 +124,14 @@ class _Parser(ExpressionParser):
     def statement(self) -> Statement:
         scanner = self.scanner
         prefix = scanner.accept(*PREFIXES)
-        readers = {"show": self._show, "top": self._top, "group": self._group, "last": self._last,
-                   "compare": self._compare, "from": self._from}  # fmt: skip
+        readers = {
+            "show": self._show,
+            "top": lambda: read_top(self),
+            "group": lambda: read_group(self),
+            "last": self._last,
+            "compare": self._compare,
+            "from": self._from,
+        }
         verb = scanner.accept(*readers)
         if verb is None:
             raise scanner.unexpected("a verb (" + ", ".join(VERBS if prefix is None else readers) + ")")
@@ -144,14 +145,12 @@ class _Parser(ExpressionParser):
         return told
 
     def _approximate(self, tree: Plain) -> Plain:
-        start = self.scanner.position
-        within = read_within(self)
-        if within is None:
-            return tree
         measured = isinstance(tree, Show) and isinstance(tree.items[0], Measured)
         if measured or (isinstance(tree, Top | Group) and isinstance(tree.by, Measure)):
-            return replace(tree, within=within)
-        raise self.scanner.error(_EXACT_ONLY, start)
+            return replace(tree, within=read_within(self))
+        if self.scanner.peek().text == "approximately":
+            raise self.scanner.error(_EXACT_ONLY)
+        return tree
 
     def _from(self) -> From:
         start = self.scanner.position
@@ -168,7 +167,7 @@ class _Parser(ExpressionParser):
                 message = "a measure of cells comes as a frame of its own: ask for it alone."
                 raise self.scanner.error(message, item.measure.position)
         per = self._per(cells=isinstance(items[0], Measured))
-        scope, where = self._tail()
+        scope, where = read_tail(self)
         return Show(tuple(items), per, scope, where)
 
     def _item(self) -> Expression | Weights | Table | Measured:
@@ -187,7 +186,7 @@ class _Parser(ExpressionParser):
         if measure is not None:
             if scanner.accept("of"):
                 return Measured(measure, read_selector(scanner))
-            if measure.quantity in _ONLY_CELLS or (measure.condition is not None and EXPLODE in measure.condition):
+            if measure.quantity in ONLY_CELLS or (measure.condition is not None and EXPLODE in measure.condition):
                 raise scanner.unexpected(f'"of" and parameters ({measure} of fc1.*, {measure} of all)')
             scanner.jump(token.start)
         value = self.value()
@@ -206,91 +205,12 @@ class _Parser(ExpressionParser):
 
     def _unit(self, *, cells: bool) -> str:
         start = self.scanner.position
-        unit = read_unit(self.scanner)
+        unit = read_unit(self.scanner, CELL_UNITS if cells else UNITS)
         if not cells and unit not in UNITS:
             known = ", ".join(UNITS)
             message = f"cells are told apart per {unit} (show sum |g| of all per {unit}), recorded fields per {known}."
             raise self.scanner.error(message, start)
         return unit
-
-    def _tail(self) -> tuple[Scope, Expression | None]:
-        """Scope and condition, in either order."""
-        scope = read_scope(self)
-        where = self._where()
-        if scope is None and where is not None:
-            scope = read_scope(self)
-        return scope or Scope(), where
-
-    def _where(self) -> Expression | None:
-        if not self.scanner.accept("where"):
-            return None
-        with self.without_aggregates(_NO_AGGREGATE_WHERE):
-            return self.condition()
-
-    # top, group ---------------------------------------------------------------------------------------------------
-
-    def _top(self) -> Top:
-        scanner = self.scanner
-        start = scanner.position
-        if scanner.peek().kind != "number":
-            raise scanner.unexpected("how many (20) or what part (1%)")
-        count = self.number()
-        percent = bool(scanner.accept("%"))
-        if percent and not 0 < count <= 100:
-            raise scanner.error("a percentage above 0 and up to 100 is needed here, such as 1%.", start)
-        if not percent and not (count.is_integer() and 1 <= count < 2**53):
-            raise scanner.error("a whole number from 1 on, or a percentage, is needed here.", start)
-        what = read_member(scanner, plural=True)
-        per_at = scanner.position
-        per = read_member(scanner, plural=False) if scanner.accept("per") else None
-        if per == what:
-            raise scanner.error(f"{PLURALS[what]} are ranked among all of them; leave out per {per}.", per_at)
-        selector = self._of()
-        by = self._by(what, per)
-        return Top(count, percent, what, per, selector, by, *self._tail(), position=start)
-
-    def _group(self) -> Group:
-        start = self.scanner.position
-        what = read_member(self.scanner, plural=True)
-        selector = self._of()
-        by = self._by(what, None)
-        into = self.whole(least=2) if self.scanner.accept("into") else 8
-        return Group(what, selector, by, into, *self._tail(), position=start)
-
-    def _of(self) -> Selector | None:
-        return read_selector(self.scanner) if self.scanner.accept("of") else None
-
-    def _by(self, what: str, per: str | None) -> Measure | Expression:
-        scanner = self.scanner
-        scanner.require("by")
-        start = scanner.position
-        if measure_follows(scanner):
-            measure = read_measure(self)
-            if scanner.look("+", "-", "*", "/"):
-                message = "a measure of cells stands alone; an expression over recorded fields stands in brackets."
-                raise scanner.error(message, start)
-            return measure
-        try_measure(self)  # takes nothing here: what could stand of a measure is offered beside the fields
-        by = self.value()
-        if isinstance(by, Field) and scanner.look(*QUANTITIES, "|"):
-            known = did_you_mean(by.name, MEASURE_AGGREGATES)
-            raise scanner.error(f'nothing is called "{by.name}" that is made of cells; {known}', start)
-        self._check_fields(by, what, per, start)
-        return by
-
-    def _check_fields(self, by: Expression, what: str, per: str | None, start: int) -> None:
-        """Refuse an expression where only cells can be ranked."""
-        bare = by.argument if isinstance(by, Call) and by.function == "abs" else by
-        quantity = SAME_QUANTITY.get(bare.name, bare.name) if isinstance(bare, Field) else ""
-        named = quantity if quantity in QUANTITIES else "g"
-        measures = f"by sum |{named}|, max |{named}|, norm {named}"
-        for member in (what, per):
-            if member in WITHOUT_FIELDS:
-                raise self.scanner.error(
-                    f"{PLURALS[member]} are ranked by a measure of their cells: {measures}.", start
-                )
-        if quantity in _ONLY_CELLS:
-            raise self.scanner.error(f"{quantity} has many cells; say what is made of them: {measures}.", start)
 
     # last ---------------------------------------------------------------------------------------------------------
 
@@ -326,7 +246,7 @@ class _Parser(ExpressionParser):
     def _exceeds(self) -> Exceeds:
         scanner = self.scanner
         measure = read_measure(self)
-        selector = self._of()
+        selector = read_selector(scanner) if scanner.accept("of") else None
         operator = self.comparison()
         if operator is None:
             of = "" if selector is not None else '"of" or '

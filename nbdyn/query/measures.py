@@ -17,24 +17,27 @@ def measure_follows(scanner: Scanner) -> bool:
     >>> measure_follows(Scanner("sum(|g|)")), measure_follows(Scanner("mean(loss)"))
     (True, False)
     """
-    words = scanner.ahead(5)
-    if words[:1] == ["|"]:
-        words = words[1:]
-    if not words or words[0] not in MEASURE_AGGREGATES:
-        return False
-    words = words[1:]
-    for opening in ("(", "|"):
-        if words[:1] == [opening]:
+    return _rest_of_beginning(scanner)[:1] not in ([], [""])
+
+
+def _rest_of_beginning(scanner: Scanner) -> list[str]:
+    """The words here from the quantity of a measure on; [""] where they end before it, [] where it is no measure."""
+    words = [*scanner.ahead(5), ""]
+    for wanted in (("|",), MEASURE_AGGREGATES, ("(",), ("|",)):
+        if words[0] in wanted:
             words = words[1:]
-    return bool(words) and words[0] in _QUANTITY_WORDS
+        elif wanted is MEASURE_AGGREGATES:
+            return [""] if words == [""] else []
+    return words if words[0] in (*_QUANTITY_WORDS, "") else []
 
 
 def read_quantity(scanner: Scanner) -> str:
     """A quantity by its first name, taken: `delta` is err."""
     scanner.possible("<quantity>")
-    word = scanner.accept(*_QUANTITY_WORDS)
-    if word is None:
+    word = scanner.peek().text
+    if word not in _QUANTITY_WORDS:
         raise scanner.unexpected(f"a quantity ({', '.join(_QUANTITY_WORDS)})")
+    scanner.advance()
     return SAME_QUANTITY.get(word, word)
 
 
@@ -46,11 +49,11 @@ def read_measure(parser: ExpressionParser) -> Measure:
     """
     scanner = parser.scanner
     start = scanner.position
-    scanner.possible("<aggregate>")
     absolute = bool(scanner.accept("|"))
-    aggregate = scanner.accept(*MEASURE_AGGREGATES)
-    if aggregate is None:
+    scanner.possible("<aggregate>")
+    if scanner.peek().text not in MEASURE_AGGREGATES:
         raise scanner.unexpected(f"a measure ({', '.join(MEASURE_AGGREGATES)} of cells)")
+    aggregate = scanner.advance().text
     if aggregate == "share":
         if absolute:
             raise scanner.error("a share is never negative; write it without |...|.", start)
@@ -70,6 +73,9 @@ def read_measure(parser: ExpressionParser) -> Measure:
 def try_measure(parser: ExpressionParser) -> Measure | None:
     """The measure that stands here, taken; None, and nothing taken, where none does."""
     start = parser.scanner.position
+    if not _rest_of_beginning(parser.scanner):
+        parser.scanner.possible("<aggregate>")
+        return None
     try:
         return read_measure(parser)
     except QueryError:

@@ -41,13 +41,15 @@ from nbdyn.query.tree import (
     number_text,
     run_text,
 )
-from nbdyn.query.words import MEASURE_AGGREGATES, PLURALS, QUANTITIES, SAME_QUANTITY
+from nbdyn.query.words import EXPLODE, MEASURE_AGGREGATES, ONLY_CELLS, PLURALS, QUANTITIES, SAME_QUANTITY
 
 _PRECEDENCE = {"or": 1, "and": 2, "+": 5, "-": 5, "*": 6, "/": 6}
 _LIKE_A_MEASURE = re.compile(
-    rf"\|?({'|'.join(MEASURE_AGGREGATES)})\b[ (]*\|?({'|'.join((*QUANTITIES, *SAME_QUANTITY))})\b",
+    rf"\|?({'|'.join(MEASURE_AGGREGATES)})\b[ (]*\|?({'|'.join((*QUANTITIES, *SAME_QUANTITY))})\b"
 )
 """The beginning of an expression that the parser takes for a measure of cells, where both may stand."""
+_ASKS_FOR_OF = re.compile(rf"\w+\(\|?(({'|'.join((*ONLY_CELLS, *SAME_QUANTITY))})\b|.*\b{EXPLODE}\b)")
+"""Of those, the beginning after which `show` insists on parameters: fields of such names stand in brackets."""
 
 
 def text(node: Node) -> str:
@@ -71,8 +73,11 @@ def text(node: Node) -> str:
             return f"|{argument}|"
         case Call(function, argument):
             return f"{function}({argument})"
+        case Aggregate(function, None):
+            return function
         case Aggregate(function, argument):
-            return function if argument is None else f"{function}({argument})"
+            written = f"{function}({argument})"
+            return f"{function}(({argument}))" if _ASKS_FOR_OF.match(written) else written
         case Comparison(operator, left, right):
             return f"{_inside(left, 5)} {operator} {_inside(right, 5)}"
         case Not(operand):

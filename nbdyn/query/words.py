@@ -114,6 +114,9 @@ QUANTITIES = {
 }
 """What has cells: a value for each visit and parameter, or for each step and parameter (grad, w, dw)."""
 
+ONLY_CELLS = ("g", "act", "err")
+"""Quantities of which nothing but cells is recorded: no usual field is called so."""
+
 SAME_QUANTITY = {"delta": "err"}
 """Other words for quantities."""
 
