@@ -9,7 +9,7 @@ from nbdyn.query.complete import complete
 
 
 def words(text: str, store: MemoryStore | None = None) -> list[str]:
-    return [word.text for word in complete(text, store, runs=lambda: ["tiny", "my run"])]
+    return [word.text for word in complete(text, store, runs=lambda: ["tiny", "my run"], names=lambda: ["hot"])]
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,21 @@ def words(text: str, store: MemoryStore | None = None) -> list[str]:
         ("show w of fc", ["fc1.weight", "fc1.bias", "fc1.*"]),
         ("show w of fc1.", ["fc1.weight", "fc1.bias", "fc1.*"]),
         ("show `val", ["`val loss`"]),
+        ("estimate t", ["top"]),
+        ("top 5 w", ["weights"]),
+        ("top 5 samples per w", ["weight"]),
+        ("top 5 samples per weight of fc1.", ["fc1.weight", "fc1.bias", "fc1.*"]),
+        ("top 5 samples by n", ["norm(", "net dw", "nan("]),
+        ("top 5 samples by sum |gr", ["|grad|", "grad", "grad_norm"]),
+        ("top 5 samples by share(|grad| > e", ["explode"]),
+        ("group weights by sum |g| in", ["into"]),
+        ("top 5 samples by sum |g| app", ["approximately"]),
+        ("show err", ["err of"]),
+        ("show sum |g| o", ["of"]),
+        ("show sum |g| of all per l", ["layer"]),
+        ("last 5 samples before share(|grad| > explode) o", ["of"]),
+        ("show loss where sample ", ["in", "not", "and", "or", "during", "at", "over", "as"]),
+        ("show loss where sample in h", ["hot"]),
         ("compare ti", ["tiny"]),
         ("compare `my", ["`my run`"]),
         ("compare tiny, b by di", ["dist(w, init)"]),
@@ -41,7 +56,19 @@ def test_offers(store: MemoryStore, text: str, first: list[str]):
     assert words(text, store) == first
 
 
-@pytest.mark.parametrize("text", ["show loss)", "show loss bogus ", "nonsense ", "show w of fc1.weight[0,", "x" * 5000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "show loss)",
+        "show loss bogus ",
+        "nonsense ",
+        "show w of fc1.weight[0,",
+        "x" * 5000,
+        "show loss as h",
+        "show loss per l",
+        "show loss app",
+    ],
+)
 def test_nothing_where_nothing_fits(store: MemoryStore, text: str):
     assert words(text, store) == []
 

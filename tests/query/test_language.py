@@ -34,11 +34,67 @@ from nbdyn.query.tokens import UnfinishedStatement
         ("last 5 samples before a crosses -.5", "last 5 samples before a crosses -0.5"),
         ("compare a,runs/b-2 by dist(w,init),|grad| at step 5",
          "compare a, runs/b-2 by dist(w, init), |grad| at step 5"),
+        ("top 20 sample per weights of fc1.* by sum(|g|) during epoch 7",
+         "top 20 samples per weight of fc1.* by sum |g| during epoch 7"),
+        ("top 1 % weights by sum |grad| over all", "top 1% weights by sum |grad|"),
+        ("top 5 steps by | sum ( grad ) |", "top 5 batches by |sum grad|"),
+        ("top 3 classes by max delta where epoch = 1 during epochs 1..2",
+         "top 3 classes by max err during epochs 1..2 where epoch = 1"),
+        ("top 5 epochs by loss", "top 5 epochs by loss"),
+        ("top 5 batches by |grad|", "top 5 batches by |grad|"),
+        ("top 5 epochs by (mean(|grad|))", "top 5 epochs by (mean(|grad|))"),
+        ("group units by path(dw)", "group units by path dw into 8"),
+        ("group samples by mean loss into 4 at step 3", "group samples by mean(loss) into 4 at step 3"),
+        ("show sum |g| of fc1.* per batch, class", "show sum |g| of fc1.* per step, class"),
+        ("show share(|grad| > 10%) of all", "show share(|grad| > 0.1) of all"),
+        ("show max(|grad|) per batch", "show max(|grad|) per step"),
+        ("show delta of fc1 at step 3", "show err of fc1 at step 3"),
+        ("last 5 samples before every share(|grad|>explode)>10%",
+         "last 5 samples before every share(|grad| > explode) > 10%"),
+        ("last 5 samples before max |grad| of fc1.* >= -5", "last 5 samples before max |grad| of fc1.* >= -5"),
+        ("last 5 samples before norm.weight[0] becomes 0", "last 5 samples before norm.weight[0] becomes 0 exactly"),
+        ("show loss where sample not in hot and class in ( 3,-1 )",
+         "show loss where not sample in hot and class in (3, -1)"),
+        ("estimate top 5 samples by sum g approximately within 0.07 as x",
+         "estimate top 5 samples by sum g approximately within 7% as x"),
+        ("explain from hot as plan", "explain from hot as plan"),
     ],
 )  # fmt: skip
 def test_normal_form(text: str, normal: str):
     assert str(parse(text)) == normal
     assert parse(normal) == parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "measure"),
+    [
+        ("sum |g|", t.Measure("sum", "g", True)),
+        ("sum(|g|)", t.Measure("sum", "g", True)),
+        ("|sum g|", t.Measure("sum", "g", absolute=True)),
+        ("max g", t.Measure("max", "g")),
+        ("net dw", t.Measure("net", "dw")),
+        ("share(|grad| > explode)", t.Measure("share", "grad", True, condition=(">", "explode"))),
+        ("share(dw <= -1e-3)", t.Measure("share", "dw", condition=("<=", -1e-3))),
+    ],
+)
+def test_an_aggregate_of_a_quantity_is_a_measure_of_cells(text: str, measure: t.Measure):
+    assert parse(f"top 5 weights by {text}") == t.Top(5, False, "weight", None, None, measure)
+    assert parse(f"show {text} of all") == t.Show((t.Measured(measure, t.Selector("all")),))
+    event = t.Exceeds(measure, None, ">", t.Number(10, True))
+    assert parse(f"last 5 samples before {text} > 10%") == t.Last(5, event)
+
+
+@pytest.mark.parametrize("text", ["mean(loss)", "(mean(|grad|))", "|grad|", "mean(`grad`)", "loss - mean(loss)", "net"])
+def test_anything_else_is_an_expression_over_fields(text: str):
+    tree = parse(f"top 5 epochs by {text}")
+    assert isinstance(tree, t.Top) and not isinstance(tree.by, t.Measure)
+    assert parse(str(tree)) == tree
+
+
+def test_a_field_may_be_called_like_a_quantity():
+    tree = parse("show sum(`g`), mean(`act`)")
+    assert tree == t.Show((t.Aggregate("sum", t.Field("g")), t.Aggregate("mean", t.Field("act"))))
+    assert parse(str(tree)) == tree
 
 
 def test_percent_is_a_hundredth():
@@ -99,6 +155,48 @@ def test_percent_is_a_hundredth():
                                          "  show loss where 1 < loss < 2\n                           ^"),
         ("show max(mean(loss)) per epoch", "max is already taken of many rows; one inside it has no meaning.\n"
                                            "  show max(mean(loss)) per epoch\n           ^"),
+        ("top 5 wieghts by sum g", 'found "wieghts" where one of samples, classes, batches, epochs, tokens, positions, '
+                                   'weights, units, layers, tensors, steps is needed; did you mean "weights"?\n'
+                                   "  top 5 wieghts by sum g\n        ^"),
+        ("top weights by sum g", 'found "weights" where how many (20) or what part (1%) is needed.\n'
+                                 "  top weights by sum g\n      ^"),
+        ("top 0.5 weights by sum g", "a whole number from 1 on, or a percentage, is needed here.\n"
+                                     "  top 0.5 weights by sum g\n      ^"),
+        ("top 200% weights by sum g", "a percentage above 0 and up to 100 is needed here, such as 1%.\n"
+                                      "  top 200% weights by sum g\n      ^"),
+        ("top 5 weights by |g|", "weights are ranked by a measure of their cells: by sum |g|, max |g|, norm g.\n"
+                                 "  top 5 weights by |g|\n                   ^"),
+        ("top 5 samples per unit by loss", "units are ranked by a measure of their cells: by sum |g|, max |g|, norm g."
+                                           "\n  top 5 samples per unit by loss\n                            ^"),
+        ("top 5 samples by |act|", "act has many cells; say what is made of them: by sum |act|, max |act|, norm act.\n"
+                                   "  top 5 samples by |act|\n                   ^"),
+        ("top 5 classes by summ |g|", 'nothing is called "summ" that is made of cells; did you mean "sum"?\n'
+                                      "  top 5 classes by summ |g|\n                   ^"),
+        ("top 5 epochs by mean(|grad|) / 2", "a measure of cells stands alone; an expression over recorded fields "
+                                             "stands in brackets.\n"
+                                             "  top 5 epochs by mean(|grad|) / 2\n                  ^"),
+        ("top 5 samples per sample by sum g", "samples are ranked among all of them; leave out per sample.\n"
+                                              "  top 5 samples per sample by sum g\n                ^"),
+        ("top 5 weights by net g", "net and path are displacements of weights: net dw.\n"
+                                   "  top 5 weights by net g\n                       ^"),
+        ("show sum |g| per class", 'found "per" where "of" and parameters (sum |g| of fc1.*, sum |g| of all) is needed.'
+                                   "\n  show sum |g| per class\n               ^"),
+        ("show sum |g| of all, loss", "a measure of cells comes as a frame of its own: ask for it alone.\n"
+                                      "  show sum |g| of all, loss\n       ^"),
+        ("show loss per run", "a statement asks one run; several are set side by side: compare a, b by loss.\n"
+                              "  show loss per run\n                ^"),
+        ("show loss approximately within 5%", "only measures of cells are approximated (top 20 samples by sum |g| "
+                                              "approximately within 5%); this is read exactly: leave it out.\n"
+                                              "  show loss approximately within 5%\n            ^"),
+        ("group layers by sum g approximately within 100%", "an error between 0 and 100 % is needed here, such as 5%.\n"
+         "  group layers by sum g approximately within 100%\n                                             ^"),
+        ("last 5 samples before share(|grad| > 1) > 1 and loss > 3", "an event of cells is one measure and one number: "
+         "share(|grad| > explode) > 10%.\n  last 5 samples before share(|grad| > 1) > 1 and loss > 3\n"
+         "                                              ^"),
+        ("show loss where loss in hot", "only sample, class, step, epoch may be in something: sample in hot.\n"
+                                        "  show loss where loss in hot\n                  ^"),
+        ("show loss as class", '"class" cannot be the name of a variable; type another, such as hot.\n'
+                               "  show loss as class\n               ^"),
         ("last 2.5 samples before loss > 1", "a whole number from 1 on is needed here.\n"
                                              "  last 2.5 samples before loss > 1\n       ^"),
     ],
@@ -110,7 +208,28 @@ def test_messages(text: str, message: str):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "show", "show loss,", "show loss where", "last 5", "compare a,", "compare a, b by"]
+    "text",
+    [
+        "",
+        "show",
+        "show loss,",
+        "show loss where",
+        "last 5",
+        "compare a,",
+        "compare a, b by",
+        "top",
+        "top 5",
+        "top 5 samples",
+        "top 5 samples by",
+        "top 5 samples by sum",
+        "group weights by sum |g",
+        "show sum |g| of",
+        "from",
+        "show loss as",
+        "show loss where sample in",
+        "show loss where sample in (1,",
+        "last 5 samples before share(|grad| > explode)",
+    ],
 )
 def test_an_unfinished_statement_says_so(text: str):
     with pytest.raises(UnfinishedStatement, match="the statement ends here"):
