@@ -16,6 +16,8 @@ class Options:
 
     memory: str = "256 MB"
     """Recorded data waiting for the writer, at most; when it is reached, training waits (nothing is dropped)."""
+    cache: str = "1 GB"
+    """Per-sample factors that questions keep in memory, of each open run (never over an eighth of the machine's)."""
     static_png: bool = True
     """Whether widgets and plots carry a PNG, for GitHub and other viewers that run no widgets."""
     quiet: bool = False

@@ -18,10 +18,12 @@ from nbdyn.query.tree import (
     Comparison,
     Expression,
     Field,
+    In,
     Logic,
     Negative,
     Not,
     Number,
+    OneOf,
 )
 from nbdyn.query.words import CONDITIONS
 
@@ -96,6 +98,10 @@ def _evaluate(node: Expression, columns: Columns, aggregate: Callable[[Aggregate
             return np.logical_and(truth(left), truth(right)) if operator == "and" else truth(left) | truth(right)
         case Not(operand):
             return np.logical_not(truth(operand))
+        case OneOf(field, values):
+            return np.isin(columns[field], values)
+        case In(field, name):
+            raise TypeError(f"{field} in {name}: names are looked up when a statement is bound")
         case Aggregate():
             if aggregate is None:
                 raise TypeError("an aggregate needs groups")
@@ -155,13 +161,14 @@ def walk(node: Expression) -> Iterator[Expression]:
         case Call(_, argument) | Aggregate(_, argument):
             if argument is not None:
                 yield from walk(argument)
-        case Number() | Field():
+        case Number() | Field() | In() | OneOf():
             pass
 
 
 def fields(node: Expression) -> tuple[str, ...]:
     """Names of the fields in an expression, each once."""
-    return tuple(dict.fromkeys(part.name for part in walk(node) if isinstance(part, Field)))
+    names = (part.name if isinstance(part, Field) else getattr(part, "field", None) for part in walk(node))
+    return tuple(dict.fromkeys(name for name in names if name is not None))
 
 
 def has_aggregate(node: Expression) -> bool:
@@ -189,7 +196,7 @@ def rebuilt(node: Expression, change: Callable[[Expression], Expression | None])
             return Call(function, rebuilt(argument, change), position)
         case Aggregate(function, argument, position):
             return Aggregate(function, None if argument is None else rebuilt(argument, change), position)
-        case Number() | Field():
+        case Number() | Field() | In() | OneOf():
             return node
 
 

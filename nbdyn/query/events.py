@@ -10,8 +10,9 @@ import numpy as np
 
 from nbdyn.errors import QueryError
 from nbdyn.query.evaluate import Array, evaluate
+from nbdyn.query.exceeding import truth_of
 from nbdyn.query.plan import LastPlan
-from nbdyn.query.rows import MAX_ROWS, chunks
+from nbdyn.query.rows import MAX_ROWS, every_row, rebuilt_note
 from nbdyn.query.source import Source
 from nbdyn.query.tree import Becomes, Comparison, Crosses, number_text
 from nbdyn.store.names import locate
@@ -65,6 +66,23 @@ def find_condition(plan: LastPlan, source: Source) -> Found:
         notes.append(_no_step(plan, f"where {plan.statement.event}"))
         inside = slice(plan.start - before, None)
         notes[0] += _already(truth, before, plan) or _nearest_value(plan, columns, inside)
+    at = at if plan.statement.every else at[:1]
+    check_rows(len(at), plan.statement.count)
+    return Found(at, np.empty(0, dtype=np.int64), notes)
+
+
+def find_exceeding(plan: LastPlan, source: Source) -> Found:
+    """Events of a comparison over the cells of one step."""
+    truth, values, notes = truth_of(plan.exceeds, source)
+    before = plan.exceeds.cells.start
+    at = np.flatnonzero(rising(truth)) + before
+    at = at[at >= plan.start]
+    if not len(at):
+        note = _no_step(plan, f"where {plan.statement.event}") + _already(truth, before, plan)
+        if not np.isnan(values).all():
+            place = int(np.nanargmax(values))
+            note += f"; the largest value that was needed is {values[place]:.4g} at step {before + place}"
+        notes.append(note)
     at = at if plan.statement.every else at[:1]
     check_rows(len(at), plan.statement.count)
     return Found(at, np.empty(0, dtype=np.int64), notes)
@@ -176,7 +194,8 @@ def find_weight(plan: LastPlan, source: Source) -> Found:
     """Events of weights, per parameter, in order of step and parameter."""
     scan = _Scan(plan)
     first = True
-    for steps, values in chunks(source.store, plan.indices, max(0, plan.start - 1), plan.stop, overlap=1):
+    residuals: dict[int, float] = {}
+    for steps, values in every_row(source.store, plan.indices, max(0, plan.start - 1), plan.stop, residuals):
         scan.take(steps, values, first)
         first = False
         if scan.done:
@@ -184,7 +203,8 @@ def find_weight(plan: LastPlan, source: Source) -> Found:
     steps = np.concatenate(scan.steps) if scan.steps else np.empty(0, dtype=np.int64)
     places = np.concatenate(scan.places) if scan.places else np.empty(0, dtype=np.int64)
     order = np.lexsort((places, steps))
-    return Found(steps[order], plan.indices[places[order]], _weight_notes(scan, plan, source))
+    notes = [*_weight_notes(scan, plan, source), *rebuilt_note(residuals)]
+    return Found(steps[order], plan.indices[places[order]], notes)
 
 
 def _weight_notes(scan: _Scan, plan: LastPlan, source: Source) -> list[str]:

@@ -9,7 +9,7 @@ import pandas as pd
 
 from nbdyn.errors import NotRecorded
 from nbdyn.query.evaluate import Array
-from nbdyn.query.events import Found, find_condition, find_weight
+from nbdyn.query.events import Found, find_condition, find_exceeding, find_weight
 from nbdyn.query.plan import LastPlan
 from nbdyn.query.source import Source
 from nbdyn.store.names import locate
@@ -20,7 +20,10 @@ BLOCK_ROWS = 4_000_000
 
 def last(plan: LastPlan, source: Source) -> tuple[pd.DataFrame, list[str]]:
     """The frame of `last` and its notes: for each event, the nearest visits of the steps before it, in order."""
-    found = find_condition(plan, source) if plan.indices is None else find_weight(plan, source)
+    if plan.exceeds is not None:
+        found = find_exceeding(plan, source)
+    else:
+        found = find_condition(plan, source) if plan.indices is None else find_weight(plan, source)
     notes = list(found.notes)
     count = plan.statement.count
     size = source.index["batch_size"].to_numpy() if len(found.steps) else np.empty(0, dtype=np.int64)

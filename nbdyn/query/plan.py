@@ -10,32 +10,35 @@ from typing import Any
 
 import numpy as np
 
-from nbdyn.errors import NotRecorded
+from nbdyn.query.cell_plan import CellPlan, plan_cells
 from nbdyn.query.evaluate import fields, has_aggregate, with_means
+from nbdyn.query.exceeding import plan_exceeds
+from nbdyn.query.reads import Read
 from nbdyn.query.source import Source
-from nbdyn.query.tree import Becomes, Compare, Crosses, Expression, Last, RunName, Show, Table, Weights
+from nbdyn.query.tree import (
+    Becomes,
+    Compare,
+    Crosses,
+    Exceeds,
+    Expression,
+    Group,
+    Last,
+    Measure,
+    Measured,
+    RunName,
+    Show,
+    Table,
+    Top,
+    Weights,
+)
 from nbdyn.query.words import FIELDS, VISIT_FIELDS
 from nbdyn.store import Store
 
-EVENT_COLUMNS = ("event", "event_step", "before", "step", "position", "epoch", "sample", "loss", "correct")
+EVENT_COLUMNS = ("event", "event_step", "before", "step", "position", "epoch", "sample", "class", "loss", "correct")
 """Columns of `last ... before ...`."""
 
-_BYTES = {"step": 4, "position": 4, "sample": 8, "loss": 4, "correct": 1}
+_BYTES = {"step": 4, "position": 4, "sample": 8, "class": 4, "loss": 4, "correct": 1}
 """Stored size of a visit's columns; anything else is a float64."""
-
-
-@dataclass(frozen=True)
-class Read:
-    """One array that is read: steps half-open, `bytes` before compression, `how` it is had."""
-
-    run: str
-    array: str
-    columns: tuple[str, ...]
-    start: int
-    stop: int
-    rows: int
-    bytes: int
-    how: str = "stored"
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class WeightsPlan:
 
 @dataclass(frozen=True)
 class LastPlan:
-    """`last`: the bound event; `indices` of a weight event, None for a condition on steps."""
+    """`last`: the bound event; `indices` of a weight event, `exceeds` of an event over cells, else `condition`."""
 
     statement: Last
     condition: Expression | None
@@ -80,6 +83,7 @@ class LastPlan:
     reads: tuple[Read, ...]
     columns: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    exceeds: Any = None
 
 
 @dataclass(frozen=True)
@@ -94,10 +98,41 @@ class ComparePlan:
     notes: tuple[str, ...] = ()
 
 
-Plan = ShowPlan | WeightsPlan | LastPlan | ComparePlan
+@dataclass(frozen=True)
+class RankPlan:
+    """`top` and `group` by recorded fields: the plan of the values, and what is ranked."""
+
+    statement: Top | Group
+    values: ShowPlan
+    columns: tuple[str, ...]
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        """What the values are read from."""
+        return self.values.reads
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Notes of the values."""
+        return self.values.notes
+
+    @property
+    def start(self) -> int:
+        """First step."""
+        return self.values.start
+
+    @property
+    def stop(self) -> int:
+        """End of the steps."""
+        return self.values.stop
 
 
-def make_plan(statement: Show | Last | Compare, source: Source, resolve: Callable[[RunName], Store]) -> Plan:
+Plan = ShowPlan | WeightsPlan | LastPlan | ComparePlan | CellPlan | RankPlan
+
+
+def make_plan(
+    statement: Show | Top | Group | Last | Compare, source: Source, resolve: Callable[[RunName], Store]
+) -> Plan:
     """What a statement reads.
 
     Args:
@@ -110,6 +145,10 @@ def make_plan(statement: Show | Last | Compare, source: Source, resolve: Callabl
         NotRecorded: where the run does not hold what is asked.
     """
     match statement:
+        case Show((Measured(),)) | Top(by=Measure()) | Group(by=Measure()):
+            return plan_cells(statement, source)
+        case Top() | Group():
+            return _plan_rank(statement, source)
         case Show():
             plan = _plan_weights if _asks_weights(statement, source) else _plan_show
             return plan(statement, source)
@@ -117,6 +156,25 @@ def make_plan(statement: Show | Last | Compare, source: Source, resolve: Callabl
             return _plan_last(statement, source)
         case Compare():
             return _plan_compare(statement, source, resolve)
+
+
+def _plan_rank(statement: Top | Group, source: Source) -> RankPlan:
+    """`top 20 samples by mean(loss)`: the rows of `show mean(loss) per sample`, ranked."""
+    assert not isinstance(statement.by, Measure)
+    kinds = [statement.what, *([statement.per] if isinstance(statement, Top) and statement.per else [])]
+    units = {"sample": "sample", "class": "class", "batch": "step", "epoch": "epoch", "tensor": "tensor"}
+    for kind in kinds:
+        if kind not in units:
+            raise source.error(
+                f"recorded fields are ranked by {', '.join(units)}; of {kind}s ask for cells: by sum |g|.",
+                statement.position,
+            )
+    per = tuple(units[kind] for kind in reversed(kinds))
+    values = _plan_show(Show((statement.by,), per, statement.scope, statement.where), source)
+    label = values.items[0][0]
+    if isinstance(statement, Group):
+        return RankPlan(statement, values, (*per, label, "group", "low", "high"))
+    return RankPlan(statement, values, (*per[:-1], "rank", per[-1], label))
 
 
 def _asks_weights(statement: Show, source: Source) -> bool:
@@ -138,31 +196,27 @@ def _plan_weights(statement: Show, source: Source) -> WeightsPlan:
     assert isinstance(item, Weights)
     selection = source.select(item.selector)
     changes = item.quantity == "dw"
-    if changes and source.store.config["weights"] == "snapshots":
-        raise NotRecorded(every_step_needed("dw of ...", source))
     rows = source.steps + (not changes)
     start, stop, note = source.range(statement.scope, rows=rows)
     where = None if statement.where is None else source.bind(statement.where, "weights", condition=True)
-    reads = (read_weights(source, start, stop + changes, len(selection.indices)),)
+    reads = (read_weights(source, start, stop + changes, len(selection.indices), rebuilt=changes),)
     columns = ("step", "parameter", "tensor", "value")
     return WeightsPlan(item.quantity, selection.indices, where, start, stop, reads, columns, _notes(note))
 
 
-def every_step_needed(what: str, source: Source) -> str:
-    """The message that a run with snapshots cannot answer."""
-    every = source.store.config.get("every", "?")
-    return (
-        f'"{what}" needs the weights of every step; {source.name} holds snapshots, one every {every} steps. '
-        'Record with nbdyn.record(..., weights="every"), or rebuild the steps between two snapshots: '
-        "run.replay(t0, t1, model, loss_fn, data)."
-    )
-
-
-def read_weights(source: Source, start: int, stop: int, count: int, how: str = "stored") -> Read:
-    """The reading of `count` parameters at the stored steps of a range."""
+def read_weights(
+    source: Source, start: int, stop: int, count: int, how: str = "stored", *, rebuilt: bool = False
+) -> Read:
+    """The reading of `count` parameters at the stored steps of a range, or at every step, some of them rebuilt."""
     steps = source.store.weights.steps
     rows = int(np.count_nonzero((steps >= start) & (steps < stop)))
     size = np.dtype(source.store.config.get("row_dtype", "float32")).itemsize
+    missing = max(0, stop - start - rows) if rebuilt else 0
+    if missing:
+        how = f"{rows} rows stored, {missing} rebuilt from factors"
+        seconds = 0.02 + missing * (1e-4 + count * 1e-6)
+        return Read(source.name, "weights", ("value",), start, stop, (rows + missing) * count,
+                    (rows + missing) * count * size, how, seconds)  # fmt: skip
     return Read(source.name, "weights", ("value",), start, stop, rows * count, rows * count * size, how)
 
 
@@ -233,6 +287,8 @@ def _table_of(statement: Show, source: Source) -> str:
     used = {name for part in [*parts, *([] if statement.where is None else [statement.where])] for name in fields(part)}
     if "tensor" in statement.per:
         return "norms"
+    if "class" in statement.per:
+        return "visits"
     if "sample" in statement.per:
         only_samples = (set(FIELDS["samples"]) - {"sample"}) & used
         return "samples" if only_samples and statement.per == ("sample",) and not aggregated else "visits"
@@ -246,16 +302,20 @@ def _plan_last(statement: Last, source: Source) -> LastPlan:
     event = statement.event
     visits = Read(source.name, "visits", tuple(_BYTES), 0, source.steps, statement.count,
                   statement.count * sum(_BYTES.values()), "stored; these rows for each event")  # fmt: skip
+    if isinstance(event, Exceeds):
+        start, stop, note = source.range(statement.scope)
+        exceeds = plan_exceeds(event, statement.scope, source)
+        return LastPlan(
+            statement, None, None, start, stop, (*exceeds.reads, visits), EVENT_COLUMNS, _notes(note), exceeds
+        )
     if not isinstance(event, Becomes | Crosses):
         condition = source.bind(event, "steps", condition=True)
         start, stop, note = source.range(statement.scope)
         reads = (read_table(source, "steps", max(0, start - 1), stop, fields(condition)), visits)
         return LastPlan(statement, condition, None, start, stop, reads, EVENT_COLUMNS, _notes(note))
     selection = source.select(event.selector)
-    if source.store.config["weights"] == "snapshots":
-        raise NotRecorded(every_step_needed("becomes" if isinstance(event, Becomes) else "crosses", source))
     start, stop, note = source.range(statement.scope, rows=source.steps + 1)
-    reads = (read_weights(source, max(0, start - 1), stop, len(selection.indices)), visits)
+    reads = (read_weights(source, max(0, start - 1), stop, len(selection.indices), rebuilt=True), visits)
     several = len(selection.indices) > 1
     columns = (*EVENT_COLUMNS[:2], "parameter", "weight", *EVENT_COLUMNS[2:]) if several else EVENT_COLUMNS
     return LastPlan(statement, None, selection.indices, start, stop, reads, columns, _notes(note))

@@ -15,6 +15,7 @@ from nbdyn.query.evaluate import Array, aggregator, evaluate, fields, walk
 from nbdyn.query.plan import ShowPlan, WeightsPlan
 from nbdyn.query.source import Source
 from nbdyn.query.tree import Aggregate
+from nbdyn.store.trajectory import trajectory_chunks
 
 if TYPE_CHECKING:
     from nbdyn.store import Store
@@ -53,6 +54,11 @@ def _grouped(plan: ShowPlan, columns: dict[str, Array], count: int) -> tuple[pd.
         known = columns["sample"] >= 0
         if not known.all():
             notes.append(f"{int((~known).sum())} of {count} visits left out: their sample is unknown")
+        columns = {name: values[known] for name, values in columns.items()}
+        count = int(known.sum())
+    if "class" in plan.keys:
+        known = columns["class"] >= 0
+        notes += [f"{int((~known).sum())} visits left out: they have no class"] if not known.all() else []
         columns = {name: values[known] for name, values in columns.items()}
         count = int(known.sum())
     notes += _left_out(plan, columns, count)
@@ -100,6 +106,37 @@ def chunks(store: Store, indices: Array, start: int, stop: int, overlap: int = 0
             yield store.weights.read(indices, int(piece[0]), int(piece[-1]) + 1)
 
 
+def every_row(
+    store: Store, indices: Array, start: int, stop: int, residuals: dict[int, float]
+) -> Iterator[tuple[Array, Array]]:
+    """`chunks` of the weights of every step, with an overlap of one row, rebuilt where they are not stored.
+
+    Args:
+        store: the run.
+        indices: global parameter indices, (k,).
+        start: first step.
+        stop: end of the half-open range.
+        residuals: is filled with stored step -> max |rebuilt - stored|.
+
+    Raises:
+        NotRecorded: if a step can be neither read nor rebuilt.
+    """
+    if store.config["weights"] == "every":
+        yield from chunks(store, indices, start, stop, overlap=1)
+    else:
+        yield from trajectory_chunks(store, indices, start, stop, overlap=1, residuals=residuals)
+
+
+def rebuilt_note(residuals: dict[int, float]) -> list[str]:
+    """What is to be said of weights that were rebuilt."""
+    if not residuals:
+        return []
+    worst = max(residuals.values())
+    return [
+        f"weights between snapshots rebuilt from gradients; off by at most {worst:.2g} at {len(residuals)} snapshots"
+    ]
+
+
 def show_weights(plan: WeightsPlan, source: Source) -> tuple[pd.DataFrame, list[str]]:
     """The tidy frame of `show w of ...` or `show dw of ...`."""
     changes = plan.quantity == "dw"
@@ -108,7 +145,12 @@ def show_weights(plan: WeightsPlan, source: Source) -> tuple[pd.DataFrame, list[
     tensors = source.tensor_names(plan.indices)
     pieces: list[pd.DataFrame] = []
     rows = 0
-    for steps, values in chunks(source.store, plan.indices, plan.start, plan.stop + changes, overlap=int(changes)):
+    residuals: dict[int, float] = {}
+    if changes:
+        rows_of = every_row(source.store, plan.indices, plan.start, plan.stop + 1, residuals)
+    else:
+        rows_of = chunks(source.store, plan.indices, plan.start, plan.stop)
+    for steps, values in rows_of:
         if changes:
             values, steps = np.diff(values, axis=0), steps[:-1]
         piece = pd.DataFrame({
@@ -126,7 +168,8 @@ def show_weights(plan: WeightsPlan, source: Source) -> tuple[pd.DataFrame, list[
             raise _too_many(rows)
     if not pieces:
         return pd.DataFrame({name: [] for name in plan.columns}), ["no weights are stored at these steps"]
-    return pd.concat(pieces, ignore_index=True), _snapshots(plan, source)
+    notes = rebuilt_note(residuals) if changes else _snapshots(plan, source)
+    return pd.concat(pieces, ignore_index=True), notes
 
 
 def _snapshots(plan: WeightsPlan, source: Source) -> list[str]:

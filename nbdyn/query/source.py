@@ -4,6 +4,7 @@
 # pandas ships no complete types, so that the strict rules cannot hold here.
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +14,15 @@ import pandas as pd
 from nbdyn.errors import Incompatible, QueryError, UnknownName, did_you_mean, nearest
 from nbdyn.query.evaluate import Array, rebuilt
 from nbdyn.query.tokens import caret
-from nbdyn.query.tree import Call, Expression, Field, Logic, Not, Scope, Selector, field_text
+from nbdyn.query.tree import Call, Expression, Field, In, Logic, Not, OneOf, Scope, Selector, field_text
 from nbdyn.query.words import ALIASES, BOOLEAN_FIELDS, FIELDS, NORMS
 from nbdyn.store import frames
 from nbdyn.store.names import Selection, select
 
 if TYPE_CHECKING:
     from nbdyn.store import Store
+
+Names = Callable[[str], Any]
 
 _ASKED_BY = {"samples": "show ... per sample", "norms": "show ... per tensor", "steps": "show ... per step"}
 """How the fields of another table are asked for."""
@@ -38,9 +41,11 @@ class Source:
     Args:
         store: the run.
         text: the statement, for carets.
+        names: gives what is called by a name, for `sample in hot`: a frame, a column, or numbers.
     """
 
-    def __init__(self, store: Store, text: str) -> None:
+    def __init__(self, store: Store, text: str, names: Names | None = None) -> None:
+        self._names = names
         self.store = store
         self.text = text
         self.name: str = store.name
@@ -95,6 +100,8 @@ class Source:
                     return Field(NORMS[name], part.position)
                 case Field(name):
                     return self._column(part, table, known)
+                case In() | OneOf():
+                    return self._among(part, table, known)
                 case _:
                     return None
 
@@ -114,6 +121,27 @@ class Source:
             message = f"{name} has one value a parameter; its norm is |{name}|{where}, its values: show w of fc1.*."
             raise self.error(message, field.position)
         raise self.error(f'unknown field "{name}" of {table}; {self._hint(name, table, known)}', field.position)
+
+    def _among(self, node: In | OneOf, table: str, known: list[str]) -> OneOf:
+        """A node with its numbers, of a field that the table has."""
+        field = self._column(Field(node.field, node.position), table, known).name
+        values = node.values if isinstance(node, OneOf) else self._numbers(node)
+        return OneOf(field, values, node.position)
+
+    def _numbers(self, node: In) -> tuple[int, ...]:
+        """The whole numbers that a name stands for: a frame's column of the field, or the values themselves."""
+        if self._names is None:
+            raise self.error(f'no result is called "{node.name}" here; names are known to %%dyn.', node.position)
+        found = self._names(node.name)
+        if isinstance(found, pd.DataFrame):
+            if node.field not in found:
+                have = ", ".join(map(str, found.columns))
+                raise self.error(f'"{node.name}" has no column {node.field}; it has {have}.', node.position)
+            found = found[node.field]
+        values = np.unique(np.asarray(found).reshape(-1))
+        if len(values) and (values.dtype.kind not in "iuf" or (values != np.floor(values)).any()):
+            raise self.error(f'"{node.name}" holds {values.dtype} values; whole numbers are needed.', node.position)
+        return tuple(values.astype(np.int64).tolist())
 
     @staticmethod
     def _hint(name: str, table: str, known: list[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -18,6 +19,7 @@ from nbdyn.store.streams import SLOTS
 
 if TYPE_CHECKING:
     from nbdyn.store.store import Store
+    from nbdyn.store.warm import Warm
 
 T = TypeVar("T")
 
@@ -51,8 +53,8 @@ class Block:
     def __len__(self) -> int:
         return len(self.step)
 
-    def take(self, which: np.ndarray) -> Block:
-        """Some of the visits, by a mask or their places."""
+    def take(self, which: np.ndarray | slice) -> Block:
+        """Some of the visits, by a mask, their places or a slice (which copies nothing)."""
         tensors = {slot: tensor[which] for slot, tensor in self.tensors.items()}
         columns = (self.step[which], self.position[which], self.sample[which], self.factor[which])
         return Block(self.site, self.call, *columns, tensors)
@@ -107,6 +109,26 @@ class Factors:
     def steps(self) -> np.ndarray:
         """The captured steps, sorted (n,) int64."""
         return np.unique(self._calls().table[:, STEP])
+
+    @cached_property
+    def warm(self) -> Warm:
+        """Blocks that stay in memory; see `nbdyn.store.warm.Warm`."""
+        from nbdyn.store.warm import Warm
+
+        return Warm(self)
+
+    def calls_of(self, site: int, start: int, stop: int) -> np.ndarray:
+        """Rows of the table of calls (see `nbdyn.store.calls.FIELDS`) of a site at steps start <= t < stop."""
+        table = self._calls().table[self._of_site[site]]
+        return table[slice(*np.searchsorted(table[:, STEP], [start, stop]).tolist())]
+
+    def nbytes(self, site: int, start: int, stop: int) -> int:
+        """Bytes that `blocks` would give: the tensors of a site's visits at steps start <= t < stop."""
+        found = self._calls()
+        rows = self._of_site[site]
+        rows = rows[slice(*np.searchsorted(found.table[rows, STEP], [start, stop]).tolist())]
+        fetch = Fetch(self._store, found, site, {})
+        return int((fetch.visit_bytes(rows) * found.table[rows, SIZE]).sum()) if len(rows) else 0
 
     def sites_of(self, indices: np.ndarray) -> list[int]:
         """Numbers of the sites that hold any of some global parameter indices."""

@@ -1,0 +1,173 @@
+"""For a plan over cells: its members, its targets, and what reads its cells."""
+
+# pyright: standard
+# pandas ships no complete types, so that the strict rules cannot hold here.
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from nbdyn.errors import NotRecorded
+from nbdyn.query.cell_plan import OF_STEPS, CellPlan, explodes
+from nbdyn.query.evaluate import Array
+from nbdyn.query.explode import thresholds
+from nbdyn.query.reduce.matrix import Cells
+from nbdyn.query.reduce.members import PLACES, Members, members_of
+from nbdyn.query.reduce.steps import pieces_of
+from nbdyn.query.reduce.targets import Targets, targets_of
+from nbdyn.query.source import Source
+from nbdyn.query.tree import Measure
+from nbdyn.store.attribution import Attribution, coefficients
+from nbdyn.store.calls import LENGTH
+
+
+@dataclass(frozen=True)
+class Question:
+    """What `reduce` is asked: cells, members of visits, targets of parameters, and notes for the answer."""
+
+    cells: Cells
+    members: Members
+    targets: Targets
+    notes: tuple[str, ...]
+
+
+def question(plan: CellPlan, source: Source) -> Question:
+    """The question of a plan.
+
+    Raises:
+        NotRecorded: if the run does not hold what is needed.
+    """
+    targets = targets_of(plan.indices, plan.parameters, source.tensors)
+    if plan.attributes:
+        return _displacement(plan, source, targets)
+    measure = plan.measure
+    if measure.quantity == "g":
+        return _of_visits(plan, source, targets)
+    if measure.aggregate in ("net", "path"):
+        measure = Measure("sum", "dw", magnitude=measure.aggregate == "path", absolute=measure.aggregate == "net")
+    rows = source.index.iloc[plan.start : plan.stop].reset_index(names="step")
+    rows["step"] = np.arange(plan.start, plan.start + len(rows))
+    if measure.quantity == "w" and plan.stop > source.steps:  # the final weights follow the last step
+        last = rows.iloc[-1:].assign(step=source.steps) if len(rows) else rows
+        rows = pd.concat([rows, last], ignore_index=True)
+    if measure.quantity == "grad":
+        rows, note = _captured(rows, source)
+    else:
+        note = ""
+    members = members_of(rows, tuple(kind for kind in plan.visits if kind in OF_STEPS))
+    cells = Cells(source.store, measure, pieces_of(measure.quantity, source.store), _threshold(plan, source))
+    return Question(cells, members, targets, (note,) if note else ())
+
+
+def _of_visits(plan: CellPlan, source: Source, targets: Targets) -> Question:
+    visits = source.read("visits", plan.start, plan.stop)
+    if "class" in plan.visits and not (visits["class"] >= 0).any():
+        raise NotRecorded(
+            f"{source.name} holds no classes of these visits: they are the targets of classification losses, and runs "
+            "of an older nbdyn have none. Group by sample, or record again."
+        )
+    visits, note = _captured(visits, source)
+    scale, unscaled = _scales(visits["step"].to_numpy(), source)
+    kinds = tuple(kind for kind in plan.visits if kind not in ("token", "position"))
+    tokens = {"token", "position"} & set(plan.visits)
+    members = members_of(visits, ("sample",) if "token" in tokens else kinds, where=plan.where,
+                         columns=source.columns(visits), scale=scale)  # fmt: skip
+    if tokens:
+        members = _by_token(members, plan, source)
+    notes = (*members.notes, *filter(None, (note, unscaled)))
+    return Question(Cells(source.store, plan.measure, None, _threshold(plan, source)), members, targets, notes)
+
+
+def _captured(rows: pd.DataFrame, source: Source) -> tuple[pd.DataFrame, str]:
+    """The rows of captured steps, and a note about the others."""
+    steps = rows["step"].to_numpy()
+    captured = np.isin(steps, source.store.factors.steps)
+    if captured.all():
+        return rows, ""
+    if not captured.any():
+        raise NotRecorded(
+            f"{source.name} holds no per-sample gradients of these steps; "
+            f"{len(source.store.factors.steps)} of its {source.steps} steps have them."
+        )
+    left, total = len(np.unique(steps[~captured])), len(np.unique(steps))
+    return rows.loc[captured].reset_index(drop=True), f"{left} of {total} steps left out: not captured by sample"
+
+
+def _scales(steps: Array, source: Source) -> tuple[Array | None, str]:
+    """What contributions are multiplied by to be the samples' own gradients, (V,), or a note that it is unknown."""
+    scale = source.store.read_steps(0, source.steps, ("scale",))["scale"][steps]
+    if np.isnan(scale).any():
+        return None, "g is the contribution to the batch gradient: the scale of the loss is unknown"
+    return scale, ""
+
+
+def _by_token(members: Members, plan: CellPlan, source: Source) -> Members:
+    """Members of single positions of sequences."""
+    factors = source.store.factors
+    lengths = [
+        factors.calls_of(number, plan.start, plan.stop)[:, LENGTH].max(initial=0)
+        for number in factors.sites_of(plan.indices)
+    ]
+    length = int(max(lengths, default=0))
+    kind = "token" if "token" in plan.visits else "position"
+    token = np.arange(length)
+    if kind == "position":
+        labels = pd.DataFrame({"token": token})
+    else:
+        samples = members.labels["sample"].to_numpy()
+        labels = pd.DataFrame({"sample": np.repeat(samples, length), "token": np.tile(token, len(samples))})
+    return Members(members.key, members.code, labels, members.scale, kind, length, members.notes)
+
+
+def _threshold(plan: CellPlan, source: Source):
+    """What a share compares cells with."""
+    measure = plan.measure
+    if measure.condition is None:
+        return lambda keys, indices: 0.0
+    if not explodes(measure):
+        value = float(measure.condition[1])
+        return lambda keys, indices: value
+    limits = thresholds(source, plan.start, plan.stop)
+    return lambda keys, indices: limits.of(keys // PLACES, indices)
+
+
+def _displacement(plan: CellPlan, source: Source, targets: Targets) -> Question:
+    """The displacement of weights, divided among visits by what each step's gradient did to it."""
+    store, groups = source.store, store_groups(source)
+    one = len(groups) == 1 and store.config["optimizer"]["name"] == "SGD"
+    found = coefficients(store, plan.indices[:1] if one else plan.indices, plan.start, plan.stop)
+    start, stop = int(found.steps[0]), int(found.steps[-1]) + 1
+    visits, note = _captured(source.read("visits", start, stop), source)
+    steps = visits["step"].to_numpy()
+    at = np.minimum(np.searchsorted(found.steps, steps), len(found.steps) - 1)
+    known = found.steps[at] == steps
+    scale = np.where(known, found.coefficients[at], 0.0) if found.coefficients.ndim == 1 else None
+    members = members_of(visits, plan.visits, where=plan.where, columns=source.columns(visits), scale=scale)
+    measure = Measure("sum", "g", magnitude=plan.measure.aggregate == "path", absolute=plan.measure.aggregate == "net")
+    pieces = None if scale is not None else _weighted(source, found)
+    notes = [*members.notes, f"attribution: {found.kind}"]
+    notes += [note] if note else []
+    if len(found.moved) == len(plan.indices) and len(found.moved) == 1:
+        notes.append(f"w moved by {found.moved[0]:.4g}, of which visits explain {found.explained[0]:.4g}")
+    return Question(Cells(store, measure, pieces), members, targets, tuple(notes))
+
+
+def store_groups(source: Source) -> list[list[str]]:
+    """The names in each of the optimizer's param groups."""
+    return source.store.config["optimizer"]["order"]
+
+
+def _weighted(source: Source, found: Attribution):
+    """Cells of visits, each times the coefficient of its step and parameter."""
+    from nbdyn.query.reduce.general import visit_pieces
+
+    def pieces(indices: Array, members: Members):
+        every = np.sort(indices)
+        for key, some, values in visit_pieces(source.store, indices, members):
+            row = np.searchsorted(found.steps, key // PLACES)
+            column = np.searchsorted(every, some)
+            yield key, some, values * found.coefficients[np.ix_(row, column)]
+
+    return pieces

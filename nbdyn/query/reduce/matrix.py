@@ -1,0 +1,117 @@
+"""The measure of every member and target as a matrix: by products where they are exact, else from cells."""
+
+# pyright: standard
+# pandas ships no complete types, so that the strict rules cannot hold here.
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from nbdyn.query.evaluate import Array
+from nbdyn.query.reduce import general, linear
+from nbdyn.query.reduce.general import Piece
+from nbdyn.query.reduce.measures import EXCEED, LARGEST, MAX, MAX_ABS, finished, operations
+from nbdyn.query.reduce.members import Members
+from nbdyn.query.reduce.targets import Targets
+from nbdyn.query.tree import Measure
+from nbdyn.store import Store
+
+FEW = 64
+"""So few parameters are read by their columns of the factors and computed cell by cell."""
+
+
+@dataclass
+class Cells:
+    """Where the cells of a question come from.
+
+    Attributes:
+        store: the run.
+        measure: what is made of them.
+        pieces: parameters and members -> cells of a quantity that has one value a step; None for those of visits.
+        threshold: of `share`; see `general.reduced`.
+        notes: filled while cells are read.
+    """
+
+    store: Store
+    measure: Measure
+    pieces: Callable[[Array, Members], Iterator[Piece]] | None = None
+    threshold: Callable[[Array, Array], Array | float] = lambda keys, indices: 0.0
+    notes: list[str] = field(default_factory=list)
+
+
+def measured(cells: Cells, members: Members, targets: Targets, dtype: type = np.float64) -> Array:
+    """The measure, (members, targets) of a dtype.
+
+    Cost: one product a member and layer where `linear.divided` finds layers with one position a visit, otherwise the
+    time that all cells take. Memory: two or three such matrices, and factors up to `nbdyn.options.cache`.
+    """
+    names = operations(cells.measure)
+    shape = members.count, targets.count
+    out = {name: np.full(shape, -np.inf if name in LARGEST else 0.0, dtype) for name in names}
+    rest = np.arange(len(targets.indices))
+    if cells.pieces is None and members.count:
+        parts = products(cells, members, targets)
+        for part, rows in parts:
+            _of_part(part, rows, names, targets, out)
+        taken = [np.concatenate([part.weight.reshape(-1), part.bias]) for part, _ in parts]
+        rest = np.setdiff1d(rest, np.concatenate(taken)) if taken else rest
+    if len(rest) and members.count:
+        _of_rest(cells, members, targets, rest, names, out)
+    return finished(cells.measure, out, lambda: counted(members, targets))
+
+
+def counted(members: Members, targets: Targets) -> Array:
+    """Cells of each member and target."""
+    if members.by_token:
+        raise TypeError("cells of tokens are counted by their rows")
+    return np.bincount(members.code, minlength=members.count)[:, None] * targets.sizes[None, :]
+
+
+def products(cells: Cells, members: Members, targets: Targets) -> list[tuple[linear.Part, linear.Rows]]:
+    """The linear parts whose cells are finite products, with their factors."""
+    store = cells.store
+    start, stop = members.steps
+    small = len(targets.indices) <= FEW and not members.by_token
+    if small or EXCEED in operations(cells.measure):
+        return []
+    found: list[tuple[linear.Part, linear.Rows]] = []
+    for part in linear.divided(store, targets.indices, start, stop, tokens=bool(members.by_token))[0]:
+        by_weight = targets.kind == "weight"
+        whole = by_weight or not part.weight.size or (_same_along_inputs(targets.code[part.weight]))
+        if not whole or (by_weight and {MAX, MAX_ABS} & set(operations(cells.measure))):
+            continue
+        rows = linear.Rows(store, part, members)
+        if rows.is_finite:
+            found.append((part, rows))
+    return found
+
+
+def _same_along_inputs(code: Array) -> bool:
+    return bool((code == code[:, :1]).all())
+
+
+def _of_part(
+    part: linear.Part, rows: linear.Rows, names: tuple[str, ...], targets: Targets, out: dict[str, Array]
+) -> None:
+    for name in names:
+        if targets.kind == "weight":
+            linear.of_weights(rows, part, name, out[name])
+        else:
+            linear.of_targets(rows, part, name, targets.code, out[name])
+
+
+def _of_rest(
+    cells: Cells, members: Members, targets: Targets, rest: Array, names: tuple[str, ...], out: dict[str, Array]
+) -> None:
+    indices = targets.indices[rest]
+    if cells.pieces is None:
+        pieces = general.visit_pieces(cells.store, indices, members)
+    else:
+        pieces = cells.pieces(indices, members)
+    found, missing = general.reduced(pieces, members, targets, names, cells.threshold)
+    if missing:
+        cells.notes.append(f"{missing:,} cells are NaN and left out")
+    for name in names:
+        (np.maximum if name in LARGEST else np.add)(out[name], found[name], out=out[name])
