@@ -1,4 +1,4 @@
-"""`python -m nbdyn`: the demo, and the care of runs (doctor, verify, gc, compact)."""
+"""`python -m nbdyn`: the demo, and the care of runs (doctor, verify, gc, compact, index)."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
         ("verify", "read every byte of a run and check that its parts agree"),
         ("gc", "remove what a killed writer left behind"),
         ("compact", "compress what a killed recording left raw of single samples"),
+        ("index", "build the indexes of a run, or what they lack: they make statements over whole epochs fast"),
         ("doctor", "versions, and what may be wrong with this installation or a run"),
     ):
         command = commands.add_parser(name, help=text)
@@ -54,6 +55,11 @@ def _run(options: argparse.Namespace) -> int:
         from nbdyn.recording import compact
 
         print(f"{compact(options.path)}.")
+        return 0
+    if options.command == "index":
+        from nbdyn.recording import index
+
+        print(f"{index(options.path)}.")
         return 0
     findings = verify.verify(options.path)
     if len(findings):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from nbdyn.recorder.recorder import Recorder
     from nbdyn.store.compact import Compaction
+    from nbdyn.store.index.build import Summary
     from nbdyn.widgets.cockpit import Cockpit
 
 
@@ -113,6 +114,21 @@ def compact(path: str | os.PathLike[str]) -> Compaction:
 
     store = Store(path)
     return compaction.compact(store, cells=cells_of(store, rising_edges))
+
+
+def index(path: str | os.PathLike[str]) -> Summary:
+    """Build the indexes of a run, or what they lack: sums by epoch and class, exponents of gradients, zones of weights.
+
+    They make statements over whole epochs fast; no answer depends on them. One pass over what was captured.
+
+    Raises:
+        RunBusy: if a live writer holds the run.
+        CorruptRun: if what was captured is damaged.
+        NbdynError: if the place cannot be written.
+    """
+    from nbdyn.store.index.build import build
+
+    return build(path)
 
 
 def _live_cockpit(recorder: Recorder) -> Cockpit:

@@ -114,20 +114,25 @@ def bytes_dense(site: Site, block: Block) -> int:
     return len(block.step) * site.size * (8 if wide else 4)
 
 
-def moments(site: Site, block: Block) -> dict[str, np.ndarray]:
+def moments(site: Site, block: Block, wanted: tuple[str, ...] = closed_linear.MOMENTS) -> dict[str, np.ndarray]:
     """Sums over the visits of c ("sum"), |c| ("sum_abs") and c^2 ("sum_sq"), each (n,) float64.
 
     One matrix product each for linear layers with one position per visit; elsewhere from the visits' summed cells.
+
+    Args:
+        site: the site.
+        block: its visits.
+        wanted: which of them; fewer save products of linear layers.
     """
     with exact():
         t = tensors_of(block)
         if site.form == "embedding":
             found = closed_embedding.moments(site, t)
         elif site.form == "linear" and closed_linear.one_each(t):
-            found = closed_linear.moments(site, t)
+            found = closed_linear.moments(site, t, wanted)
         else:
             found = _moments(site, t)
-        return {name: values.numpy() for name, values in found.items()}
+        return {name: found[name].numpy() for name in wanted}
 
 
 def _moments(site: Site, t: Tensors) -> dict[str, Tensor]:

@@ -117,20 +117,33 @@ def norms_need_no_cells(t: Tensors) -> bool:
     return positions == 1 or positions * (inputs + outputs) <= inputs * outputs
 
 
-def moments(site: Site, t: Tensors) -> dict[str, Tensor]:
+MOMENTS = ("sum", "sum_abs", "sum_sq")
+
+
+def moments(site: Site, t: Tensors, wanted: tuple[str, ...] = MOMENTS) -> dict[str, Tensor]:
     """Sums of c, |c| and c^2 over visits of one position each, (n,) float64, by one product each.
 
     |d a| = |d| |a| and (d a)^2 = d^2 a^2 hold for single products only: where a visit has several positions its
     cells are sums, and this would be too large.
     """
+    found = {}
+    if "sum" in wanted:
+        found["sum"] = total(site, t).double()
+    if "sum_abs" in wanted:
+        found["sum_abs"] = total(site, {slot: t[slot].abs() for slot in ("a", "d")}).double()
+    if "sum_sq" in wanted:
+        found["sum_sq"] = _squares(site, t)
+    return found
+
+
+def _squares(site: Site, t: Tensors) -> Tensor:
     scaled, scales = zip(*(_scaled(t[slot]) for slot in ("a", "d")), strict=True)
     squares = total(site, {slot: x.square() for slot, x in zip("ad", scaled, strict=True)}).double()
     a, d = (scale.square() for scale in scales)
     weight = a[:, None] * d if is_transposed(site) else d[:, None] * a
     squares[: weight.numel()] *= weight.reshape(-1)
     squares[weight.numel() :] *= d[: len(squares) - weight.numel()]
-    absolute = total(site, {slot: t[slot].abs() for slot in ("a", "d")})
-    return {"sum": total(site, t).double(), "sum_abs": absolute.double(), "sum_sq": squares}
+    return squares
 
 
 def _scaled(x: Tensor) -> tuple[Tensor, Tensor]:

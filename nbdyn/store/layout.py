@@ -247,3 +247,44 @@ def gradients_schema(ctx: Any, parameters: int) -> Any:
     ]
     value = _attr(ctx, "value", np.float32, filters=_packed(ctx))
     return _schema(ctx, dims, [value], sparse=True, capacity=65_536, allows_duplicates=True)
+
+
+# Indexes -----------------------------------------------------------------------------------------------------------
+
+INDEX_CLASSES = 100
+"""Classes that an index tells apart, at most."""
+INDEX_LEVELS = 8
+
+
+def index_schemas(ctx: Any, parameters: int, tensors: int, zone_parameters: int) -> dict[str, Any]:
+    """The arrays of the indexes, name -> schema; see `nbdyn.store.index.entry` for what they hold.
+
+    Args:
+        ctx: TileDB's context.
+        parameters: of the model.
+        tensors: of the model.
+        zone_parameters: parameters of a zone.
+    """
+
+    def sums(*names: str) -> list[Any]:
+        return [_attr(ctx, name, np.float32, fill=np.nan, filters=_packed(ctx)) for name in names]
+
+    span, parameter = _dim(ctx, "span", MAX_STEP, 1), _dim(ctx, "parameter", parameters, TILE_BYTES // 4)
+    zone = _dim(ctx, "zone", -(-parameters // zone_parameters), 256)
+    counts = _attr(ctx, "count", np.int32, fill=-1, filters=_packed(ctx))
+    steps = [_dim(ctx, "step", MAX_STEP, 256), _dim(ctx, "tensor", tensors, 1), _dim(ctx, "bin", 64, 64)]
+    rows = [_dim(ctx, "level", INDEX_LEVELS, 1), _dim(ctx, "block", MAX_STEP, 64), zone]
+    crossings = _attr(ctx, "crossings", np.int32, fill=-1, filters=_packed(ctx))
+    where = [
+        _dim(ctx, name, size, size, np.uint64, _packed(ctx))
+        for name, size in (("parameter", parameters), ("step", MAX_STEP))
+    ]
+    kind = _attr(ctx, "kind", np.uint8, filters=_packed(ctx))
+    of_epoch = ("sum_grad", "sum_abs_grad", "norm_grad", "sum_g", "sum_abs_g", "norm_g")
+    return {
+        "epochs": _schema(ctx, [span, parameter], sums(*of_epoch)),
+        "classes": _schema(ctx, [span, _dim(ctx, "class", INDEX_CLASSES, 1), parameter], sums("sum_g", "sum_abs_g")),
+        "exponents": _schema(ctx, steps, [counts]),
+        "zones": _schema(ctx, rows, [*sums("low", "high", "nearest"), crossings]),
+        "events": _schema(ctx, where, [kind], sparse=True, capacity=65_536, allows_duplicates=True),
+    }

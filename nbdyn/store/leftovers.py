@@ -22,7 +22,7 @@ def of_segments(uri: str, timestamp: int) -> Removed:
         uri: the run; its writer is dead.
         timestamp: the last committed segment.
     """
-    removed = [found for name in ARRAYS for found in _clean(uri, name, None if name == "notes" else timestamp)]
+    removed = [found for name in ARRAYS for found in of_array(uri, name, None if name == "notes" else timestamp)]
     late = [number for number in journal.numbers(uri) if number > timestamp]
     journal.remove(uri, late)
     return removed + [(journal.FOLDER, f"{number:08d}.journal", UNFINISHED) for number in late]
@@ -47,7 +47,7 @@ def of_compaction(uri: str) -> Removed:
         join(group, name) for group in (streams.FACTORS, streams.ROWS) for name in _names(vfs, join(uri, group))
     ]
     for name in (calls.ARRAY, "gradients", *numbered):
-        removed += _clean(uri, name, last)
+        removed += of_array(uri, name, last)
     return removed
 
 
@@ -77,7 +77,7 @@ def _remove_members(uri: str, names: list[str]) -> None:
                 group.remove(name)
 
 
-def _clean(uri: str, name: str, timestamp: int | None) -> Removed:
+def of_array(uri: str, name: str, timestamp: int | None) -> Removed:
     """Remove from an array what has no commit, or one later than the last segment that counts (None: all do)."""
     path = join(uri, name)
     removed = [(name, fragment, NOT_COMMITTED) for fragment in _remove_uncommitted(path)]

@@ -8,9 +8,11 @@ import numpy as np
 import pandas as pd
 
 from nbdyn.errors import NbdynError, RunBusy
-from nbdyn.schema import ARRAYS, CAPTURE, PART_SNAPSHOT
+from nbdyn.schema import ARRAYS, CAPTURE, PART_SNAPSHOT, SUMMARY
 from nbdyn.store import calls, frames, journal, leftovers, lock, state, streams
 from nbdyn.store.backend import basename, context, join, normalize, object_type, reading, tiledb
+from nbdyn.store.index import entry as index_entry
+from nbdyn.store.index.read import open_index
 from nbdyn.store.layout import MAX_STEP
 from nbdyn.store.metadata import read_group, remove_torn
 from nbdyn.store.store import Store
@@ -52,6 +54,7 @@ def verify(uri: str, chunk: int = 4096) -> pd.DataFrame:
         captured = _check_capture(store)
     except NbdynError as error:
         captured = [("factors", -1, str(error))]
+    findings += _check_index(store)
     known = {problem for _, _, problem in findings}  # damaged visits are met again by every site
     for finding in captured:
         if finding[2] not in known:
@@ -62,6 +65,17 @@ def verify(uri: str, chunk: int = 4096) -> pd.DataFrame:
 
 def _findings(rows: list[tuple[str, int, str]]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["array", "step", "problem"])
+
+
+def _check_index(store: Store) -> list[tuple[str, int, str]]:
+    """Read the indexes, if there are any; that a run has none, or that they do not reach its end, is no problem."""
+    try:
+        index = open_index(store)
+        if index is not None:
+            index.check()
+    except NbdynError as error:
+        return [(SUMMARY, -1, str(error))]
+    return []
 
 
 def _check_visits(store: Store, start: int, stop: int) -> list[tuple[str, int, str]]:
@@ -206,6 +220,7 @@ def collect(store: Store) -> pd.DataFrame:
         removed = [("metadata of the run", file, "torn") for file in remove_torn(store.uri)]
         removed += leftovers.of_segments(store.uri, store.timestamp)
         removed += leftovers.of_compaction(store.uri)
+        removed += index_entry.clean(store.uri)
     except tiledb().TileDBError as error:
         raise NbdynError(f"cannot clean {store.uri}: {error}. Is it a place that you can write?") from error
     return pd.DataFrame(removed, columns=["array", "fragment", "reason"])
@@ -222,12 +237,12 @@ def delete(uri: str) -> None:
     if object_type(uri) != "group":
         raise NbdynError(f"{uri} is no run; nbdyn deletes nothing else. Choose another path.")
     _, members = read_group(uri)
-    if not members <= {*ARRAYS, *CAPTURE} or not members >= {"steps", "visits"}:
+    if not members <= {*ARRAYS, *CAPTURE, SUMMARY} or not members >= {"steps", "visits"}:
         raise NbdynError(f"{uri} is a TileDB group but no run; nbdyn deletes nothing else. Choose another path.")
     if lock.is_held(uri):
         raise RunBusy(f"{basename(uri)} is being recorded by {lock.holder(uri)}; it cannot be replaced now.")
     vfs = tiledb().VFS(ctx=context(uri))
-    known = {*ARRAYS, *CAPTURE, journal.FOLDER, lock.LOCK_NAME}
+    known = {*ARRAYS, *CAPTURE, SUMMARY, journal.FOLDER, lock.LOCK_NAME}
     foreign = [name for name in map(basename, vfs.ls(uri)) if name not in known and not name.startswith("__")]
     if foreign:
         raise NbdynError(f"{uri} holds {foreign[0]}, which nbdyn did not write; move it elsewhere, then replace it.")
