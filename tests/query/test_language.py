@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from nbdyn.errors import QueryError
+from nbdyn.magic_options import statements
+from nbdyn.query import language
 from nbdyn.query import tree as t
 from nbdyn.query.language import parse
 from nbdyn.query.tokens import UnfinishedStatement
+from nbdyn.query.words import VERBS
 
 # Meaning ----------------------------------------------------------------------------------------------------------
 
@@ -234,3 +240,28 @@ def test_messages(text: str, message: str):
 def test_an_unfinished_statement_says_so(text: str):
     with pytest.raises(UnfinishedStatement, match="the statement ends here"):
         parse(text)
+
+
+# The page -----------------------------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parents[2] / "docs" / "query.md").read_text(encoding="utf-8")
+
+
+def examples() -> list[str]:
+    """Each statement of the page: the lines of its plain blocks, without what is said beside them."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    lines = [line for tag, block in blocks if not tag and ":=" not in block for line in statements(block)]
+    return [re.split(r" {4,}", line.removeprefix("%dyn "))[0] for line in lines if not line.startswith("%%")]
+
+
+@pytest.mark.parametrize("text", [*examples(), *VERBS.values()])
+def test_the_examples_can_be_read(text: str):
+    assert parse(str(parse(text))) == parse(text)
+
+
+def test_the_page_and_the_parser_show_one_grammar():
+    (page,) = re.findall(r"^```\n(statement :=.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    rules = set(re.findall(r"^(\w+) +:=", page, re.MULTILINE))
+    assert rules == set(re.findall(r"^    (\w+) +:=", language.__doc__ or "", re.MULTILINE)) - {"quantity"}
+    for verb in VERBS:
+        assert f'"{verb}"' in page
