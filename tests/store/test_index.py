@@ -419,6 +419,14 @@ def test_a_share_of_the_samples(tmp_path: Path) -> None:
     assert classes is not None and whole is not None and np.allclose(classes.sum(0), whole, rtol=1e-5, atol=0)
 
 
+def test_projections(tmp_path: Path) -> None:
+    """Estimates are summed up as the cells have them; batch gradients are not to be had."""
+    path = Training(mlp).record(tmp_path / "run", project=3)
+    build(path)
+    found = compare_with_cells(path, 1)
+    assert found.left_out["grad"] == "random projections were recorded (project=)" == found.left_out["exponents"]
+
+
 def test_some_layers(tmp_path: Path) -> None:
     path = Training(mlp).record(tmp_path / "run", layers="2.*")
     build(path)
@@ -447,6 +455,12 @@ def test_too_many_classes(tmp_path: Path, monkeypatch: Any) -> None:
     path = Training(mlp).record(tmp_path / "run")
     build(path)
     assert compare_with_cells(path, 1).left_out["classes"] == "3 classes are more than 2"
+
+
+def test_classes_of_a_large_layer(tmp_path: Path, monkeypatch: Any) -> None:
+    path = Training(mlp).record(tmp_path / "run")
+    monkeypatch.setattr(plan, "SUMS_BYTES", 16 * 3 * 35 - 1)  # the first layer has 35 parameters
+    assert "too much memory" in build(path).left_out["classes"]
 
 
 def test_too_large(tmp_path: Path, monkeypatch: Any) -> None:
@@ -602,7 +616,8 @@ def test_killed_again_and_again(mlp_run: Any, monkeypatch: Any) -> None:
 
 
 @pytest.mark.parametrize("name", entry.NAMES)
-def test_damaged(name: str, mlp_run: Any) -> None:
+def test_damaged(name: str, mlp_run: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr("nbdyn.store.index.read.CHECK_BYTES", 1)
     _, path = mlp_run
     data = max((Path(path) / SUMMARY / name / "__fragments").rglob("a*.tdb"), key=lambda p: p.stat().st_size)
     content = bytearray(data.read_bytes())

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 LARGEST_BYTES = 4_000_000_000
 """An index that would be larger, uncompressed, is left out."""
+SUMS_BYTES = 1_000_000_000
+"""Where the running sums of one site by class would take more memory, classes are left out."""
 VISITS_STEPS = 16_384
 """Targets of visits are read so many steps at a time."""
 
@@ -165,6 +167,8 @@ def _left_out(store: Store, classes: int, spans: int, captured: int) -> dict[str
         found["classes"] = f"{classes:,} classes are more than {INDEX_CLASSES}"
     elif 8 * classes * spans * store.parameters > LARGEST_BYTES:
         found["classes"] = f"{classes} classes in {spans:,} epochs of {store.parameters:,} parameters are too many"
+    elif 16 * classes * max(site.size for site in store.factors.sites) > SUMS_BYTES:
+        found["classes"] = f"{classes} classes of so large a layer would take too much memory to build"
     if "epochs" in found:  # one pass over the factors serves all three
         found |= {name: found["epochs"] for name in ("classes", "exponents") if name not in found}
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -204,12 +205,7 @@ class Index:
                 ends, width = array.nonempty_domain(), array.nattr
                 if ends is None:
                     raise damaged(self._store.uri, f"{name} is empty")
-                ends = [(int(first), int(last)) for first, last in ends]
-                row = 8 * width * int(np.prod([last - first + 1 for first, last in ends[1:]]))
-                count = max(1, CHECK_BYTES // row)
-                for start in range(ends[0][0], ends[0][1] + 1, count):
-                    stop = min(start + count, ends[0][1] + 1)
-                    array[(slice(start, stop), *(slice(first, last + 1) for first, last in ends[1:]))]
+                _read_all(array, [(int(first), int(last) + 1) for first, last in ends], 8 * width)
 
     def _spans(self, first: int, last: int) -> list[int] | None:
         """Rows of the spans of some epochs; None unless the index has all of their steps."""
@@ -244,6 +240,20 @@ def _opened(uri: str, name: str, timestamp: int) -> Iterator[Any]:
 def _check_field(field: str, known: tuple[str, ...]) -> None:
     if field not in known:
         raise Incompatible(f"the indexes have no field {field!r}; {did_you_mean(field, known)}")
+
+
+def _read_all(array: Any, ends: list[tuple[int, int]], cell_bytes: int) -> None:
+    """Read a dense array within some bounds, about CHECK_BYTES at a time."""
+    inner = cell_bytes * math.prod(stop - start for start, stop in ends[1:])
+    if inner > CHECK_BYTES and len(ends) == 3:
+        for place in range(*ends[0]):
+            rows = max(1, CHECK_BYTES * (ends[1][1] - ends[1][0]) // inner)
+            for start in range(*ends[1], rows):
+                array[place, start : min(start + rows, ends[1][1]), slice(*ends[2])]
+        return
+    rows = max(1, CHECK_BYTES // inner)
+    for start in range(*ends[0], rows):
+        array[(slice(start, min(start + rows, ends[0][1])), *(slice(*bounds) for bounds in ends[1:]))]
 
 
 def _columns(array: Any, row: tuple[int, ...], attribute: str, indices: np.ndarray | None) -> np.ndarray:
