@@ -17,6 +17,7 @@ from nbdyn.query.reduce.measures import EXCEED, operations
 from nbdyn.query.source import Source
 from nbdyn.query.tree import Expression, Group, Measure, Measured, Selector, Show, Top
 from nbdyn.store.index.read import Index, open_index
+from nbdyn.store.names import ascending
 
 OF_VISITS = ("sample", "class", "batch", "epoch", "token", "position")
 """Members that are groups of visits; the others are groups of parameters."""
@@ -80,7 +81,7 @@ def plan_cells(statement: Top | Group | Show, source: Source) -> CellPlan:
     visits = tuple(kind for kind in kinds if kind in OF_VISITS)
     within = tuple(kind for kind in kinds if kind in OF_PARAMETERS)
     _check(statement, measure, visits, within, source)
-    indices = np.unique(source.select(selector or Selector("all")).indices)
+    indices = ascending(source.select(selector or Selector("all")).indices)
     if (not isinstance(statement, Show) and selector is None) or (selector is not None and selector.text == "all"):
         indices = _recorded(indices, measure, source)
     start, stop, note = source.range(statement.scope)

@@ -57,7 +57,8 @@ def question(plan: CellPlan, source: Source) -> Question:
     else:
         note = ""
     members = members_of(rows, tuple(kind for kind in plan.visits if kind in OF_STEPS))
-    cells = Cells(source.store, measure, pieces_of(measure.quantity, source.store), _threshold(plan, source))
+    cells = Cells(source.store, measure, pieces_of(measure.quantity, source.store), measure.quantity == "grad",
+                  _threshold(plan, source))  # fmt: skip
     return Question(cells, members, targets, (note,) if note else ())
 
 
@@ -77,7 +78,7 @@ def _of_visits(plan: CellPlan, source: Source, targets: Targets) -> Question:
     if tokens:
         members = _by_token(members, plan, source)
     notes = (*members.notes, *filter(None, (note, unscaled)))
-    return Question(Cells(source.store, plan.measure, None, _threshold(plan, source)), members, targets, notes)
+    return Question(Cells(source.store, plan.measure, threshold=_threshold(plan, source)), members, targets, notes)
 
 
 def _captured(rows: pd.DataFrame, source: Source) -> tuple[pd.DataFrame, str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from nbdyn.errors import NotRecorded
 from nbdyn.query.cell_plan import CellPlan, plan_cells
 from nbdyn.query.evaluate import fields, has_aggregate, with_means
 from nbdyn.query.exceeding import plan_exceeds
@@ -196,12 +197,26 @@ def _plan_weights(statement: Show, source: Source) -> WeightsPlan:
     assert isinstance(item, Weights)
     selection = source.select(item.selector)
     changes = item.quantity == "dw"
+    if changes:
+        require_every_step("dw of ...", source)
     rows = source.steps + (not changes)
     start, stop, note = source.range(statement.scope, rows=rows)
     where = None if statement.where is None else source.bind(statement.where, "weights", condition=True)
     reads = (read_weights(source, start, stop + changes, len(selection.indices), rebuilt=changes),)
     columns = ("step", "parameter", "tensor", "value")
     return WeightsPlan(item.quantity, selection.indices, where, start, stop, reads, columns, _notes(note))
+
+
+def require_every_step(what: str, source: Source) -> None:
+    """Raise NotRecorded where the weights of every step are neither stored nor can be rebuilt from gradients."""
+    config = source.store.config
+    if config["weights"] == "every" or config.get("per_sample") is not None:
+        return
+    raise NotRecorded(
+        f'"{what}" needs the weights of every step; {source.name} holds snapshots, one every {config.get("every", "?")} '
+        "steps, and no per-sample gradients to rebuild those between from. Record with per_sample=True or "
+        'weights="every", or train again between two snapshots: run.replay(t0, t1, model, loss_fn, data).'
+    )
 
 
 def read_weights(
@@ -314,6 +329,7 @@ def _plan_last(statement: Last, source: Source) -> LastPlan:
         reads = (read_table(source, "steps", max(0, start - 1), stop, fields(condition)), visits)
         return LastPlan(statement, condition, None, start, stop, reads, EVENT_COLUMNS, _notes(note))
     selection = source.select(event.selector)
+    require_every_step("becomes" if isinstance(event, Becomes) else "crosses", source)
     start, stop, note = source.range(statement.scope, rows=source.steps + 1)
     reads = (read_weights(source, max(0, start - 1), stop, len(selection.indices), rebuilt=True), visits)
     several = len(selection.indices) > 1

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -55,10 +56,7 @@ def _ranked(plan: CellPlan, statement: Top, asked: Question) -> pd.DataFrame:
     lists = targets.count if ranks_members else members.count
     check_rows(lists * min(k, members.count if ranks_members else targets.count))
     ranking = (top_members if ranks_members else top_targets)(asked.cells, members, targets, k)
-    list_labels, labels = targets.labels(), members.labels.reset_index(drop=True)
-    if not ranks_members:
-        list_labels, labels = labels, list_labels
-    return _long(plan, ranking, list_labels, labels)
+    return _long(plan, ranking, asked, ranks_members)
 
 
 def how_many(statement: Top, members: int) -> int:
@@ -79,20 +77,22 @@ def check_rows(rows: int) -> None:
         )
 
 
-def _long(plan: CellPlan, ranking: Ranking, lists: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame:
+def _long(plan: CellPlan, ranking: Ranking, asked: Question, ranks_members: bool) -> pd.DataFrame:
     """A row for each place of each list."""
     there = ranking.numbers >= 0
     row, place = np.nonzero(there) if not there.all() else np.divmod(np.arange(there.size), there.shape[1])
-    found = ranking.numbers[there]
-    columns = {name: _taken(lists[name], row) for name in lists.columns}
-    columns["rank"] = place + 1
-    columns |= {name: _taken(labels[name], found) for name in labels.columns}
-    columns[str(plan.measure)] = ranking.values[there]
-    return pd.DataFrame(columns, copy=False)[list(plan.columns)]
+    found = ranking.numbers[there].astype(np.int64)
+    member, target = (found, row) if ranks_members else (row, found)
+    columns = _labels(asked.members.labels, asked.targets, member, target)
+    columns |= {"rank": place + 1, str(plan.measure): ranking.values[there]}
+    return pd.DataFrame({name: columns[name] for name in plan.columns}, copy=False)
 
 
-def _taken(column: pd.Series, places: Array) -> object:
-    return column.array.take(places) if isinstance(column.dtype, pd.CategoricalDtype) else column.to_numpy()[places]
+def _labels(members: pd.DataFrame, targets: Targets, member: Array, target: Array) -> dict[str, Any]:
+    """The columns that name some members and targets."""
+    labels = targets.labels(target)
+    columns: dict[str, Any] = {name: labels[name].array for name in labels.columns}
+    return columns | {name: members[name].to_numpy()[member] for name in members.columns}
 
 
 def _matrix(asked: Question) -> Array:
@@ -136,7 +136,7 @@ def _finish(plan: CellPlan, values: Array, members: pd.DataFrame, targets: Targe
     check_rows(values.size)
     member, target = np.divmod(np.arange(values.size), max(1, values.shape[1]))
     flat, measure, statement = values.reshape(-1), str(plan.measure), plan.statement
-    columns: dict[str, object] = {}
+    columns: dict[str, Any] = {}
     if isinstance(statement, Top):
         code, table = _lists_of(statement, members, targets, member, target)
         order = np.argsort(code, kind="stable")
@@ -144,12 +144,10 @@ def _finish(plan: CellPlan, values: Array, members: pd.DataFrame, targets: Targe
         best = [some[largest(flat[some], how_many(statement, len(some)))] for some in lists]
         chosen = np.concatenate(best) if best else np.empty(0, np.int64)
         columns["rank"] = np.concatenate([np.arange(1, 1 + len(some)) for some in best]) if best else chosen
-        columns |= {name: _taken(table[name], code[chosen]) for name in table.columns}
+        columns |= {name: table[name].to_numpy()[code[chosen]] for name in table.columns}
     else:
         chosen = np.flatnonzero(~np.isneginf(flat))
-    labels = targets.labels()
-    columns |= {name: _taken(labels[name], target[chosen]) for name in labels.columns}
-    columns |= {name: _taken(members[name], member[chosen]) for name in members.columns}
+    columns |= _labels(members, targets, member[chosen], target[chosen])
     columns[measure] = flat[chosen]
     if isinstance(statement, Group):
         columns |= bins(flat[chosen], statement.into)
@@ -167,7 +165,7 @@ def _lists_of(
         code, found = pd.factorize(members[name], sort=True)
         return code[member], pd.DataFrame({name: found})
     coarse = targets.within(statement.per)
-    return coarse.code[targets.firsts][target], coarse.labels()
+    return coarse.code[targets.firsts][target], coarse.labels(np.arange(coarse.count))
 
 
 def bins(values: Array, into: int) -> dict[str, Array]:

@@ -13,6 +13,7 @@ from nbdyn.errors import Incompatible
 from nbdyn.store import calls
 from nbdyn.store.calls import CALL, FACTOR, LENGTH, POSITION, SITE, SIZE, STEP, STREAM, Calls
 from nbdyn.store.fetch import Fetch, Moved
+from nbdyn.store.names import ascending
 from nbdyn.store.projection import expand, is_projected
 from nbdyn.store.sites import Site
 from nbdyn.store.streams import SLOTS
@@ -132,7 +133,7 @@ class Factors:
 
     def sites_of(self, indices: np.ndarray) -> list[int]:
         """Numbers of the sites that hold any of some global parameter indices."""
-        indices = np.unique(indices)
+        indices = ascending(indices)
 
         def holds(site: Site) -> bool:
             bounds = np.array(site.runs, np.int64).reshape(-1, 2)

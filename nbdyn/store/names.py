@@ -77,12 +77,25 @@ def locate(indices: np.ndarray, tensors: Sequence[Mapping[str, Any]]) -> tuple[n
     labels = np.empty(len(indices), dtype=object)
     for number in np.unique(owner):
         tensor, mask = tensors[number], owner == number
-        places = np.unravel_index(indices[mask] - tensor["first"], tuple(tensor["shape"]) or (1,))
-        places = places if tensor["shape"] else ()
-        labels[mask] = [f"{tensor['name']}[{','.join(map(str, p))}]" for p in zip(*places, strict=True)] or [
-            tensor["name"]
-        ]
+        labels[mask] = _labels(tensor["name"], tuple(tensor["shape"]), indices[mask] - tensor["first"])
     return owner, labels.tolist()
+
+
+def _labels(name: str, shape: tuple[int, ...], places: np.ndarray) -> list[str]:
+    """Labels of elements of a tensor; the parts before and after the last comma are written once each."""
+    if not shape:
+        return [name] * len(places)
+    head, last = np.divmod(places, shape[-1])
+    rows, back = np.unique(head, return_inverse=True)
+    outer = zip(*(axis.tolist() for axis in np.unravel_index(rows, shape[:-1] or (1,))), strict=True)
+    heads = [f"{name}[" + "".join(f"{n}," for n in (index if len(shape) > 1 else ())) for index in outer]
+    tails = [f"{n}]" for n in range(shape[-1])]
+    return [heads[i] + tails[j] for i, j in zip(back.tolist(), last.tolist(), strict=True)]
+
+
+def ascending(indices: np.ndarray) -> np.ndarray:
+    """The different ones of some indices, sorted; those that are so already are not sorted again."""
+    return indices if (np.diff(indices) > 0).all() else np.unique(indices)
 
 
 def check_indices(indices: np.ndarray, tensors: Sequence[Mapping[str, Any]]) -> None:

@@ -43,12 +43,12 @@ class Store:
             raise NbdynError(f"no run at {self.uri}: {found}. `nbdyn.runs(folder)` lists the runs of a folder.")
         self.steps_committed = 0
         self.timestamp = 0
+        self._state: tuple[Any, ...] = ()
         self.refresh()
 
     def refresh(self) -> bool:
         """Look again at what is committed; True if there are new steps."""
         self.config, self._status = self._read_metadata()
-        self.__dict__.pop("factors", None)
         self._visits: tuple[int, int, dict[str, np.ndarray]] | None = None
         before = self.steps_committed
         with reading(join(self.uri, "steps")), tiledb().open(join(self.uri, "steps"), ctx=context(self.uri)) as array:
@@ -58,6 +58,10 @@ class Store:
                 last = array.query(attrs=["segment"])[self.steps_committed - 1]
                 self.timestamp = int(last["segment"])
         self.columns = self._read_columns() if self.timestamp else []
+        state = (self.config.get("created"), self.steps_committed, self.timestamp, self.read_compacted())
+        if state != self._state:  # what was read of the same steps stays in memory
+            self.__dict__.pop("factors", None)
+            self._state = state
         return self.steps_committed > before
 
     def _read_columns(self) -> list[str]:

@@ -192,7 +192,7 @@ def test_explain(store: MemoryStore):
     frame = execute("explain show w of fc1.bias during steps 2..3", store)
     assert frame.to_dict("records") == [
         {"run": "tiny", "array": "weights", "columns": "value", "first_step": 2, "last_step": 3, "rows": 4, "bytes": 16,
-         "how": "stored"},
+         "seconds": pytest.approx(0.005, rel=1e-3), "how": "stored"},
     ]  # fmt: skip
     assert not store.weights.reads
     assert "step, parameter, tensor, value" in note(frame)

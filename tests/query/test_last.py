@@ -13,7 +13,7 @@ from nbdyn.errors import NotRecorded, QueryError, UnknownName
 from nbdyn.query import execute
 from nbdyn.query.events import crossing, rising
 
-COLUMNS = ["event", "event_step", "before", "step", "position", "epoch", "sample", "loss", "correct"]
+COLUMNS = ["event", "event_step", "before", "step", "position", "epoch", "sample", "class", "loss", "correct"]
 
 
 def moments(frame: pd.DataFrame) -> list[int]:
@@ -139,9 +139,9 @@ def test_snapshots_cannot_answer():
     with pytest.raises(NotRecorded) as caught:
         execute("last 5 samples before fc1.weight[0,0] becomes 0", MemoryStore(weights="snapshots"))
     assert str(caught.value) == (
-        '"becomes" needs the weights of every step; tiny holds snapshots, one every 3 steps. '
-        'Record with nbdyn.record(..., weights="every"), or rebuild the steps between two snapshots: '
-        "run.replay(t0, t1, model, loss_fn, data)."
+        '"becomes" needs the weights of every step; tiny holds snapshots, one every 3 steps, and no per-sample gradients '
+        'to rebuild those between from. Record with per_sample=True or weights="every", or train again between two '
+        "snapshots: run.replay(t0, t1, model, loss_fn, data)."
     )
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from nbdyn.errors import NotRecorded
 from nbdyn.query import execute, explain
 from nbdyn.store import Store, frames
 
@@ -107,9 +106,21 @@ def test_question_three_against_numpy(store: Store, folder: Path):
     assert "different weights" not in frame.attrs["nbdyn"]["note"]
 
 
-def test_every_weight_question_needs_every_step(folder: Path):
-    with pytest.raises(NotRecorded, match="one every 7 steps"):
-        execute("last 5 samples before 0.weight[3,5] becomes 0", Store(str(folder / "snapshots")))
+def test_weights_between_snapshots_are_rebuilt(folder: Path):
+    store = Store(str(folder / "snapshots"))
+    frame = execute("show dw of 0.weight during steps 0..6", store)
+    assert len(frame) == 7 * 96
+    moved = frame.groupby("parameter")["value"].sum().to_numpy()
+    expected = store.weights["0.weight", 7].reshape(-1) - store.weights["0.weight", 0].reshape(-1)
+    np.testing.assert_allclose(moved, expected, atol=1e-6)
+    events = execute("last 5 samples before every 0.weight crosses 0", store)
+    assert len(events) and "rebuilt from gradients; off by at most" in events.attrs["nbdyn"]["note"]
+    changes = frame["parameter"].map(dict(zip(range(96), store.weights["0.weight", 0].reshape(-1), strict=True)))
+    path = changes.to_numpy().reshape(7, 96) + frame["value"].to_numpy().reshape(7, 96).cumsum(0)
+    first = events.loc[events["event_step"] <= 7, ["event_step", "parameter"]].drop_duplicates()
+    sides = np.sign(np.vstack([store.weights["0.weight", 0].reshape(1, -1), path]))
+    step, parameter = np.nonzero(np.diff(sides, axis=0))
+    assert set(map(tuple, first.to_numpy().tolist())) == set(zip((step + 1).tolist(), parameter.tolist(), strict=True))
 
 
 def test_statements_stand_in_the_logbook_of_each_run(store: Store, folder: Path):

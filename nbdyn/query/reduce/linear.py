@@ -142,7 +142,7 @@ class Rows:
         scale = self._scale[self._order[rows]]
         if (scale == 1.0).all():
             return found
-        return (found * scale[:, None]).astype(found.dtype)
+        return found * scale.astype(found.dtype)[:, None]
 
     def _taken(self, slot: str, rows: slice, columns: Array) -> Array:
         import torch

@@ -11,12 +11,13 @@ import numpy as np
 
 from nbdyn.query.evaluate import Array
 from nbdyn.query.reduce import general, linear
+from nbdyn.query.reduce.batches import reduce_batches
 from nbdyn.query.reduce.general import Piece
 from nbdyn.query.reduce.measures import EXCEED, LARGEST, MAX, MAX_ABS, finished, operations
-from nbdyn.query.reduce.members import Members
+from nbdyn.query.reduce.members import PLACES, Members, members_of
 from nbdyn.query.reduce.targets import Targets
 from nbdyn.query.tree import Measure
-from nbdyn.store import Store
+from nbdyn.store import Store, frames
 
 FEW = 64
 """So few parameters are read by their columns of the factors and computed cell by cell."""
@@ -30,6 +31,7 @@ class Cells:
         store: the run.
         measure: what is made of them.
         pieces: parameters and members -> cells of a quantity that has one value a step; None for those of visits.
+        is_grad: whether they are those of batch gradients.
         threshold: of `share`; see `general.reduced`.
         notes: filled while cells are read.
     """
@@ -37,6 +39,7 @@ class Cells:
     store: Store
     measure: Measure
     pieces: Callable[[Array, Members], Iterator[Piece]] | None = None
+    is_grad: bool = False
     threshold: Callable[[Array, Array], Array | float] = lambda keys, indices: 0.0
     notes: list[str] = field(default_factory=list)
 
@@ -55,11 +58,20 @@ def measured(cells: Cells, members: Members, targets: Targets, dtype: type = np.
         parts = products(cells, members, targets)
         for part, rows in parts:
             _of_part(part, rows, names, targets, out)
-        taken = [np.concatenate([part.weight.reshape(-1), part.bias]) for part, _ in parts]
-        rest = np.setdiff1d(rest, np.concatenate(taken)) if taken else rest
+        rest = without(rest, *(places for part, _ in parts for places in (part.weight, part.bias)))
+    if cells.is_grad and members.count:
+        rest = without(rest, _of_batches(cells, members, targets, names, out))
     if len(rest) and members.count:
         _of_rest(cells, members, targets, rest, names, out)
     return finished(cells.measure, out, lambda: counted(members, targets))
+
+
+def without(places: Array, *taken: Array) -> Array:
+    """The places that are not among some others, (n,); both are small whole numbers, and `places` ascend."""
+    keep = np.ones(int(places[-1]) + 1 if len(places) else 0, dtype=bool)
+    for some in taken:
+        keep[some.reshape(-1)] = False
+    return places[keep[places]]
 
 
 def counted(members: Members, targets: Targets) -> Array:
@@ -86,6 +98,27 @@ def products(cells: Cells, members: Members, targets: Targets) -> list[tuple[lin
         if rows.is_finite:
             found.append((part, rows))
     return found
+
+
+def _of_batches(
+    cells: Cells, members: Members, targets: Targets, names: tuple[str, ...], out: dict[str, Array]
+) -> Array:
+    """Bring the batch gradients of linear parts into `out`; returns the places of their parameters."""
+    store = cells.store
+    steps = np.unique(members.key // PLACES)
+    visits = frames.visits(store, int(steps[0]), int(steps[-1]) + 1)
+    batches = members_of(visits.loc[np.isin(visits["step"].to_numpy(), steps)], ("batch",))
+    taken = [np.empty(0, np.int64)]
+    if len(targets.indices) > FEW and batches.count == len(steps):
+        for part in linear.divided(store, targets.indices, *members.steps, tokens=False)[0]:
+            if part.weight.size == 0:
+                continue
+            rows = linear.Rows(store, part, batches)
+            missing = reduce_batches(part, rows, steps, members, targets, names, cells.threshold, out)
+            if missing:
+                cells.notes.append(f"{missing:,} cells are NaN and left out")
+            taken += [part.weight.reshape(-1), part.bias]
+    return np.concatenate(taken)
 
 
 def _same_along_inputs(code: Array) -> bool:

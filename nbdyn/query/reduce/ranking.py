@@ -14,7 +14,7 @@ import numpy as np
 from nbdyn.query.evaluate import Array
 from nbdyn.query.reduce import linear
 from nbdyn.query.reduce.linear import CHUNK
-from nbdyn.query.reduce.matrix import FEW, Cells, measured
+from nbdyn.query.reduce.matrix import FEW, Cells, measured, without
 from nbdyn.query.reduce.members import Members
 from nbdyn.query.reduce.targets import Targets
 from nbdyn.query.tree import Measure
@@ -236,4 +236,4 @@ def _by_products(cells: Cells, members: Members, targets: Targets, rest: Array, 
     for numbers in _chunks(np.arange(members.count), height):
         few = members.only(int(numbers[0]), int(numbers[-1]) + 1)
         lists.take(measured(cells, few, part, dtype), numbers, some)
-    return np.setdiff1d(rest, some)
+    return without(rest, some)

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from nbdyn.query.evaluate import Array
-from nbdyn.store.names import locate
+from nbdyn.store.names import ascending, locate
 
 KINDS = ("weight", "unit", "tensor", "layer")
 
@@ -56,20 +56,26 @@ class Targets:
         first[self.code[::-1]] = np.arange(len(self.code))[::-1]
         return first
 
-    def labels(self) -> pd.DataFrame:
-        """A row a target. weight: parameter, weight; unit: layer, unit; tensor: tensor; layer: layer; else none."""
+    def labels(self, places: Array) -> pd.DataFrame:
+        """A row for each of some targets, which may repeat.
+
+        weight: parameter, weight (a categorical of labels such as fc1.weight[3,5]); unit: layer, unit; tensor: tensor;
+        layer: layer; without a kind no column.
+        """
         if self.kind == "":
-            return pd.DataFrame(index=range(self.count))
+            return pd.DataFrame(index=range(len(places)))
         if self.kind == "weight":
-            names = np.array(locate(self.indices, self.tensors)[1], dtype=object)
-            return pd.DataFrame({"parameter": self.indices, "weight": pd.Categorical.from_codes(
-                np.arange(len(names)), categories=names)})  # fmt: skip
-        first = self.firsts
-        owner = _owner(self.indices[first], self.tensors)
+            met = np.bincount(places, minlength=self.count) > 0
+            names = pd.Index(locate(self.indices[met], self.tensors)[1], dtype=object)
+            code = (np.cumsum(met) - 1)[places]
+            labels = pd.Categorical.from_codes(code, dtype=pd.CategoricalDtype(names))
+            return pd.DataFrame({"parameter": self.indices[places], "weight": labels})
+        first = self.indices[self.firsts[places]]
+        owner = _owner(first, self.tensors)
         if self.kind == "tensor":
             return pd.DataFrame({"tensor": _names(self.tensors, "name")[owner]})
         table = pd.DataFrame({"layer": _names(self.tensors, "layer")[owner]})
-        return table.assign(unit=_unit(self.indices[first], owner, self.tensors)) if self.kind == "unit" else table
+        return table.assign(unit=_unit(first, owner, self.tensors)) if self.kind == "unit" else table
 
 
 def targets_of(indices: Array, kind: str, tensors: Sequence[dict[str, Any]]) -> Targets:
@@ -81,7 +87,7 @@ def targets_of(indices: Array, kind: str, tensors: Sequence[dict[str, Any]]) -> 
             channel with its bias, a row of an embedding.
         tensors: the run's table of tensors.
     """
-    indices = indices if (np.diff(indices) > 0).all() else np.unique(indices)
+    indices = ascending(indices)
     owner = _owner(indices, tensors)
     if kind == "weight":
         return Targets(kind, indices, np.arange(len(indices)), len(indices), tensors)
