@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+import nbdyn
 from tests.benchmarks import questions
 from tests.benchmarks.rivals import SYSTEMS, missing
 from tests.benchmarks.rivals.arrays import grouped
@@ -40,6 +41,18 @@ def test_all_systems_agree(recorded, answers, question):
 
 def test_every_forced_explosion_is_an_event(answers):
     assert answers[4]["replay"][0]["event_step"].unique().tolist() == list(SMALL.explosions)
+
+
+def test_the_training_recorded_is_the_same_bit_for_bit(recorded):
+    folder, asked = recorded
+    plain = np.load(folder / "replay" / "a" / "weights.npy")
+    for name in {"h5py", "zarr", "TileDB cells"} - missing().keys():
+        reader = SYSTEMS[name].reader((folder / name.replace(" ", "-") / "a",) * 2, SMALL)
+        np.testing.assert_array_equal(reader.weights(0, asked.step), plain[asked.step])
+        np.testing.assert_array_equal(reader.trajectory(asked.parameter), plain[:, asked.parameter])
+    recorded_by_us = nbdyn.open(folder / "nbdyn" / "a").weights
+    for step in (0, asked.step, SMALL.steps):
+        np.testing.assert_array_equal(recorded_by_us.row(step), plain[step])
 
 
 def test_bytes_with_and_without_weights(recorded):
