@@ -85,8 +85,15 @@ def _sureness(source: Source, measures: tuple[str, ...], start: int, stop: int) 
     return pd.DataFrame(result)
 
 
+NORMAL_95 = 1.959963984540054
+"""The standard normal quantile of 0.975."""
+
+
 def wilson(right: Array, known: Array) -> tuple[Array, Array]:
-    """Ends of the 95 % Wilson interval of a share; NaN where nothing is known.
+    """Ends of the 95 % Wilson score interval of a share; NaN where nothing is known.
+
+    Wilson (1927), without continuity correction, as scipy's `binomtest(k, n).proportion_ci(method="wilson")`, whose
+    import would take two seconds of a question's first answer.
 
     Args:
         right: successes, (n,).
@@ -96,16 +103,11 @@ def wilson(right: Array, known: Array) -> tuple[Array, Array]:
     >>> round(float(low[0]), 3), round(float(high[0]), 3)
     (0.49, 0.943)
     """
-    from scipy.stats import binomtest
-
-    pairs, back = np.unique(np.stack([right, known], axis=1), axis=0, return_inverse=True)
-    ends = np.full((len(pairs), 2), np.nan)
-    for row, (k, n) in enumerate(pairs):
-        if n > 0:
-            interval = binomtest(int(k), int(n)).proportion_ci(method="wilson")
-            ends[row] = interval.low, interval.high
-    ends = ends[back.reshape(-1)]
-    return ends[:, 0], ends[:, 1]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share, z2 = right / known, NORMAL_95**2
+        center = (share + z2 / (2 * known)) / (1 + z2 / known)
+        half = NORMAL_95 * np.sqrt(share * (1 - share) / known + z2 / (4 * known**2)) / (1 + z2 / known)
+    return center - half, center + half
 
 
 def distances(source: Source, start: int, stop: int) -> tuple[Array, Array, Array]:

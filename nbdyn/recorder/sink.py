@@ -24,6 +24,7 @@ from nbdyn.recorder.target import Target, finish_metadata
 from nbdyn.settings import format_size, say
 from nbdyn.store import frames, verify
 from nbdyn.store.backend import context, tiledb
+from nbdyn.store.index.build import build
 from nbdyn.store.journal import JournalWriter
 from nbdyn.store.writer import now_ns
 from nbdyn.store.written import EdgesOf
@@ -36,6 +37,8 @@ number of fragments stays in the low thousands, which is what TileDB opens quick
 SEGMENT_BYTES = 24_000_000
 SEGMENT_JOURNAL_BYTES = 128_000_000
 """A segment is committed once it holds so much, in memory or in its journal, which compaction takes up as one."""
+INDEX_BYTES = 32_000_000
+"""Indexes are built at close if more than that was captured of single samples: less is read as fast as an index."""
 ALIGNED_SECONDS = 10.0
 """Rows of every step are committed in whole tiles, unless they have waited so long."""
 
@@ -139,18 +142,20 @@ class Sink:
             finish_metadata(self._target, context(self._target.uri, writing=True), status, end)
         except tiledb().TileDBError as error:
             raise RecordingStopped(f"the run is written but could not be marked {status}: {error}") from error
-        self._compact_at_end()
+        self._after_the_end("compact", "compaction", self._committer.compact_rest)
+        if status == "complete" and self._committer.bytes_captured > INDEX_BYTES:
+            self._after_the_end("index", "the index", lambda: build(self._target.store(), locked=True))
         self._end(status)
 
-    def _compact_at_end(self) -> None:
+    def _after_the_end(self, command: str, what: str, work: Callable[[], object]) -> None:
         """The run is whole already: what goes wrong here is said, and can be done again."""
         try:
-            self._committer.compact_rest()
+            work()
         except (KeyboardInterrupt, Exception) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             why = "interrupted" if isinstance(error, KeyboardInterrupt) else reason
-            way = f"python -m nbdyn compact {self._target.shown}"
-            say(f"compaction did not finish ({why}); nothing is lost, `{way}` takes it up.")
+            way = f"python -m nbdyn {command} {self._target.shown}"
+            say(f"{what} did not finish ({why}); nothing is lost, `{way}` takes it up.")
 
     def abandon(self) -> None:
         """The writer failed: remove the unfinished segment, mark the run if that is possible, release the lock."""

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from nbdyn.store.factors import Factors
 
 
+KEPT_STEPS, KEPT_VISITS = 200_000, 2_000_000
+"""What was read of runs of so many steps, and of so many visits, is kept in memory (16 and 60 MB)."""
+
+
 class Store:
     """A handle on one run: a snapshot of all steps committed when it was opened or last refreshed.
 
@@ -49,7 +53,6 @@ class Store:
     def refresh(self) -> bool:
         """Look again at what is committed; True if there are new steps."""
         self.config, self._status = self._read_metadata()
-        self._visits: tuple[int, int, dict[str, np.ndarray]] | None = None
         before = self.steps_committed
         with reading(join(self.uri, "steps")), tiledb().open(join(self.uri, "steps"), ctx=context(self.uri)) as array:
             extent = array.nonempty_domain()
@@ -61,6 +64,8 @@ class Store:
         state = (self.config.get("created"), self.steps_committed, self.timestamp, self.read_compacted())
         if state != self._state:  # what was read of the same steps stays in memory
             self.__dict__.pop("factors", None)
+            self._visits: tuple[int, int, dict[str, np.ndarray]] | None = None
+            self._columns: dict[str, np.ndarray] = {}
             self._state = state
         return self.steps_committed > before
 
@@ -102,10 +107,15 @@ class Store:
             from nbdyn.store.layout import STEP_ATTRIBUTES
 
             return {name: np.empty(0, dtype) for name, dtype in STEP_ATTRIBUTES if names is None or name in names}
-        with self.open("steps") as array, reading(array.uri):
-            # One attribute at a time: TileDB 2.30 corrupts memory when one of several it reads at once is truncated.
-            names = names or tuple(array.attr(number).name for number in range(array.nattr))
-            return {name: array.query(attrs=[name])[start:stop][name] for name in names}
+        small = stop <= self.steps_committed <= KEPT_STEPS
+        kept = self._columns if small else {}
+        first, last = (0, self.steps_committed) if small else (start, stop)
+        if names is None or not set(names) <= set(kept):
+            with self.open("steps") as array, reading(array.uri):
+                # One attribute at a time: TileDB 2.30 corrupts memory if one of several it reads at once is truncated.
+                names = names or tuple(array.attr(number).name for number in range(array.nattr))
+                kept |= {name: array.query(attrs=[name])[first:last][name] for name in names if name not in kept}
+        return {name: kept[name][start - first : stop - first].copy() for name in names}
 
     def read_scalars(self, start: int, stop: int) -> dict[str, np.ndarray]:
         """Column name -> values (stop - start,) float64."""
@@ -124,13 +134,20 @@ class Store:
         names = ("step", "position", "sample", "target", "loss", "correct")
         if stop <= start:
             return {name: np.empty(0, np.int64) for name in names}
+        if self._visits is not None and self._visits[0] <= start and stop <= self._visits[1]:
+            kept = self._visits[2]
+            rows = slice(*np.searchsorted(kept["step"], [start, stop]).tolist())
+            return {name: kept[name][rows].copy() for name in names}
         with self.open("visits") as array, reading(array.uri):
             # Unordered reading and our own sort: 15 times faster than TileDB's ordered reader.
             cells = array.query(order="U").multi_index[start : stop - 1]
         if "target" not in cells:
             cells["target"] = np.full(len(cells["step"]), -1, np.int32)
         order = np.lexsort((cells["position"], cells["step"]))
-        return {name: np.asarray(cells[name])[order] for name in names}
+        found = {name: np.asarray(cells[name])[order] for name in names}
+        if len(order) <= KEPT_VISITS and stop <= self.steps_committed:
+            self._visits = (start, stop, {name: column.copy() for name, column in found.items()})
+        return found
 
     def sample_ids(self, steps: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Ids of the samples at some positions of some steps' batches, (n,) int64.
@@ -152,7 +169,10 @@ class Store:
     def _visits_of(self, start: int, stop: int) -> dict[str, np.ndarray]:
         """`read_visits`, remembered until the next one: one site after the other is asked for the same steps."""
         if self._visits is None or self._visits[:2] != (start, stop):
-            self._visits = (start, stop, self.read_visits(start, stop))
+            found = self.read_visits(start, stop)
+            if self._visits is not None and self._visits[0] <= start and stop <= self._visits[1]:
+                return found
+            self._visits = (start, stop, found)
         return self._visits[2]
 
     def write_note(self, step: int, kind: str, text: str) -> None:

@@ -210,14 +210,15 @@ def _top_of_part(rows: linear.Rows, part: linear.Part, mode: int, k: int) -> tup
 
 
 def _rare_lists(a: Array, rare: Array, owner: Array) -> tuple[Array, Array]:
-    """The groups in which each rare column is other than zero: offsets by column, and the groups."""
+    """The groups in which each rare column is other than zero: offsets by column, and the groups, ascending."""
     columns = np.flatnonzero(rare)
-    row, column = np.nonzero(a[:, columns])
-    pairs = np.unique(column * (int(owner.max(initial=0)) + 1) + owner[row]) if len(row) else np.empty(0, np.int64)
-    column, group = np.divmod(pairs, int(owner.max(initial=0)) + 1)
+    place, row = np.nonzero(np.ascontiguousarray(a[:, columns].T))
+    group = owner[row]
+    new = np.ones(len(row), dtype=bool)
+    new[1:] = (np.diff(place) != 0) | (np.diff(group) != 0)
     counts = np.zeros(a.shape[1] + 1, np.int64)
-    counts[columns + 1] = np.bincount(column, minlength=len(columns))
-    return np.cumsum(counts), group.astype(np.int32)
+    counts[columns + 1] = np.bincount(place[new], minlength=len(columns))
+    return np.cumsum(counts), group[new].astype(np.int32)
 
 
 def _by_products(cells: Cells, members: Members, targets: Targets, rest: Array, lists: _Lists) -> Array:
