@@ -15,7 +15,12 @@ from nbdyn.query.plan import LastPlan
 from nbdyn.query.rows import MAX_ROWS, every_row, rebuilt_note
 from nbdyn.query.source import Source
 from nbdyn.query.tree import Becomes, Comparison, Crosses, number_text
+from nbdyn.store.index.events import ARRIVED, SIGN, ZERO
+from nbdyn.store.index.read import open_index
 from nbdyn.store.names import locate
+
+FEW = 64
+"""Of so few weights the rows are read sooner than the index."""
 
 
 @dataclass
@@ -192,6 +197,9 @@ class _Scan:
 
 def find_weight(plan: LastPlan, source: Source) -> Found:
     """Events of weights, per parameter, in order of step and parameter."""
+    indexed = _from_index(plan, source) if len(plan.indices) > FEW else None
+    if indexed is not None:
+        return indexed
     scan = _Scan(plan)
     first = True
     residuals: dict[int, float] = {}
@@ -205,6 +213,27 @@ def find_weight(plan: LastPlan, source: Source) -> Found:
     order = np.lexsort((places, steps))
     notes = [*_weight_notes(scan, plan, source), *rebuilt_note(residuals)]
     return Found(steps[order], plan.indices[places[order]], notes)
+
+
+def _from_index(plan: LastPlan, source: Source) -> Found | None:
+    """Events around 0 from the run's index; None where it has none, so that the weights must be looked at."""
+    event = plan.statement.event
+    exact = isinstance(event, Crosses) or (isinstance(event, Becomes) and event.within is None)
+    if not exact or not isinstance(event, Crosses | Becomes) or event.value != 0:
+        return None
+    index = open_index(source.store)
+    found = index.events(plan.start, plan.stop, plan.indices) if index is not None else None
+    if found is None:
+        return None
+    kept = np.isin(found.kind, (SIGN, ARRIVED) if isinstance(event, Crosses) else (ARRIVED, ZERO))
+    steps, parameters = found.step[kept], found.parameter[kept]
+    if not len(steps):
+        return None
+    if not plan.statement.every:
+        first = np.sort(np.unique(parameters, return_index=True)[1])
+        steps, parameters = steps[first], parameters[first]
+    check_rows(len(steps), plan.statement.count)
+    return Found(steps, parameters, [])
 
 
 def _weight_notes(scan: _Scan, plan: LastPlan, source: Source) -> list[str]:

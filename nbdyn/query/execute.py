@@ -74,7 +74,8 @@ def explain(text: str, store: Store, resolve: Resolve | None = None, names: Name
     Args:
         text: the statement, with or without `explain` before it.
         store: the run that is asked.
-        resolve, names: as for `execute`.
+        resolve: as for `execute`.
+        names: as for `execute`.
     """
     tree, text = unfold(text, store)
     tree = tree.statement if isinstance(tree, Named) else tree

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from nbdyn.query import execute, explain
 from nbdyn.store import Store, frames
+from nbdyn.store.index.build import build
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +140,14 @@ def test_the_plan_tells_what_is_read(store: Store):
     ]
     visits = explain("show visits during epoch 1", store)
     assert visits["rows"].tolist() == [200] and visits["first_step"].tolist() == [10]
+
+
+@pytest.mark.parametrize("event", ["crosses 0", "becomes 0 exactly"])
+@pytest.mark.parametrize("every", ["", "every "])
+def test_events_from_the_index_are_those_of_the_weights(folder: Path, tmp_path: Path, event: str, every: str):
+    shutil.copytree(folder / "every", tmp_path / "run")
+    store = Store(str(tmp_path / "run"))
+    text = f"last 3 samples before {every}all {event} during steps 3..30"
+    scanned = execute(text, store)
+    build(store, progress=False)
+    pd.testing.assert_frame_equal(execute(text, store), scanned)

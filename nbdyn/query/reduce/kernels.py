@@ -103,10 +103,13 @@ def top_products(
         bound: (units, groups) float32 sums of |d| over a group's rows.
         reach: (columns,) float32 largest |a|.
         rare: (columns,) bool whether a column has a list.
-        rare_starts, rare_groups: the lists: offsets by column, and groups.
+        rare_starts: (columns + 1,) offsets of the lists.
+        rare_groups: the groups in them.
         mode: one of the numbers above.
-        values, members: (units, columns, k) results, from largest to smallest; members are -1 where there are none.
-        first, stop: which units.
+        values: (units, columns, k) result, from largest to smallest.
+        members: (units, columns, k) groups, -1 where there are none.
+        first: first unit.
+        stop: end of the half-open range of units.
     """
     columns, k = len(reach), values.shape[2]
     lowest = -np.inf if mode in (SUM, MAX) else 0.0
@@ -210,8 +213,11 @@ def keep_largest(tile, numbers, values, members, counts, first, stop):
     Args:
         tile: (rows, columns) float32; NaN and zeros are no members.
         numbers: (rows,) the member that each row is.
-        values, members: (columns, k) the lists, from largest to smallest.
+        values: (columns, k) the lists, from largest to smallest.
+        members: (columns, k) the members in them.
         counts: (columns,) how long each is.
+        first: first column.
+        stop: end of the half-open range of columns.
     """
     k = values.shape[1]
     for row in range(len(tile)):

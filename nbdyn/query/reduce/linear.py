@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,6 +24,9 @@ from nbdyn.store.calls import CALL, LENGTH
 from nbdyn.store.closed_tools import used_of
 from nbdyn.store.factors import Block
 from nbdyn.store.projection import is_projected
+
+if TYPE_CHECKING:
+    import torch
 
 CHUNK = 8192
 """Visits of one product in float32: partial sums are added in float64."""
@@ -201,9 +205,10 @@ def of_weights(rows: Rows, part: Part, operation: str, out: Array) -> None:
     if part.weight.size:
         whole = part.weight.reshape(-1)
         run = slice(whole[0], whole[-1] + 1) if (np.diff(whole) == 1).all() else None
+        device = product_device(4 * CHUNK * sum(part.weight.shape))
         for member, some in rows.chunks():
-            a, d = torch.from_numpy(_each(operation, rows.a(some))), torch.from_numpy(_each(operation, rows.d(some)))
-            found = (d.t() @ a).numpy()
+            a, d = (torch.from_numpy(_each(operation, x(some))).to(device) for x in (rows.a, rows.d))
+            found = (d.t() @ a).cpu().numpy()
             if run is None:
                 out[member, part.weight] += found
             else:
@@ -211,6 +216,18 @@ def of_weights(rows: Rows, part: Part, operation: str, out: Array) -> None:
     for first in range(0, len(rows) if len(part.bias) else 0, CHUNK):
         some = slice(first, min(first + CHUNK, len(rows)))
         rows.fold(_each(operation, rows.d(some, part.biases)), some, part.bias, out, largest=False)
+
+
+def product_device(nbytes: int) -> torch.device:
+    """Where products are made: a GPU, if one is there with room for so many bytes and as many for results.
+
+    Its float32 products are those of the CPU within rounding, unless torch was told to allow less (TF32).
+    """
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 4 * nbytes:
+        return torch.device("cuda")
+    return torch.device("cpu")
 
 
 def _each(operation: str, x: Array) -> Array:
