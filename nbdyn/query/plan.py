@@ -214,8 +214,9 @@ def require_every_step(what: str, source: Source) -> None:
         return
     raise NotRecorded(
         f'"{what}" needs the weights of every step; {source.name} holds snapshots, one every '
-        f'{config.get("every", "?")} steps, and no per-sample gradients to rebuild those between from. Record with per_sample=True or "
-        'weights="every", or train again between two snapshots: run.replay(t0, t1, model, loss_fn, data).'
+        f"{config.get('every', '?')} steps, and no per-sample gradients to rebuild those between from. Record with "
+        'per_sample=True or weights="every", or train again between two snapshots: '
+        "run.replay(t0, t1, model, loss_fn, data)."
     )
 
 

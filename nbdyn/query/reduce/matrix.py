@@ -130,9 +130,9 @@ def _of_part(
 ) -> None:
     for name in names:
         if targets.kind == "weight":
-            linear.of_weights(rows, part, name, out[name])
+            linear.of_weights(rows, part, name, out[name], double=len(names) > 1)
         else:
-            linear.of_targets(rows, part, name, targets.code, out[name])
+            linear.of_targets(rows, part, name, targets.code, out[name], double=len(names) > 1)
 
 
 def _of_rest(

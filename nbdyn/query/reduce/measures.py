@@ -40,7 +40,7 @@ def of_cells(operation: str, cells: Array, threshold: Array | float = 0.0) -> Ar
         case "sum_abs" | "max_abs":
             return np.abs(cells)
         case "sum_sq":
-            return np.square(cells)
+            return np.square(cells, dtype=np.float64)  # exact, so that a variance of equal cells is 0
         case "count":
             return cells != 0
         case _:
