@@ -25,6 +25,7 @@ class Warm:
     def __init__(self, factors: Factors) -> None:
         self._factors = factors
         self._kept: OrderedDict[int, tuple[int, int, list[Block]]] = OrderedDict()
+        self._finite: dict[int, bool] = {}
 
     def holds(self, site: int, start: int, stop: int) -> bool:
         """Whether the visits of a site at steps start <= t < stop are in memory."""
@@ -48,13 +49,23 @@ class Warm:
             if rows.stop > rows.start:
                 yield block.take(rows)
 
+    def is_finite(self, site: int) -> bool:
+        """Whether the blocks kept of a site hold no NaN and no infinity; looked at once."""
+        if site not in self._finite:
+            tensors = [x for block in self._kept[site][2] for x in block.tensors.values() if x.dtype.kind == "f"]
+            # Sums by column: a NaN or an infinity stays in them, and they overflow for nothing smaller than 1e33.
+            self._finite[site] = all(bool(np.isfinite(x.sum(axis=0, dtype=np.float64)).all()) for x in tensors)
+        return self._finite[site]
+
     def _read(self, site: int, start: int, stop: int) -> None:
         self._kept.pop(site, None)
+        self._finite.pop(site, None)
         found = _merged(list(self._factors.blocks(site, start, stop)))
         self._kept[site] = (start, stop, found)
         sizes = {number: _nbytes(blocks) for number, (_, _, blocks) in self._kept.items()}
         while sum(sizes.values()) > cache_bytes() and len(sizes) > 1:
             number, _ = self._kept.popitem(last=False)
+            self._finite.pop(number, None)
             del sizes[number]
 
 
