@@ -94,8 +94,8 @@ def main() -> None:
         print("| question | statement | rows | cold, s | warm, s |\n|---|---|---|---|---|")
         for name, results in found.items():
             cold, warm = (statistics.median(result[place] for result in results) for place in (0, 1))
-            print(f"| {name} | `{STATEMENTS[name]}` | {results[0][2]:,} | {cold:.2f} | {warm:.2f} |".replace("|g|", "\\|g\\|")
-                  .replace("|grad|", "\\|grad\\|"))  # fmt: skip
+            statement = STATEMENTS[name].replace("|", "\\|")
+            print(f"| {name} | `{statement}` | {results[0][2]:,} | {cold:.2f} | {warm:.2f} |")
         if options.explain:
             run = nbdyn.open(path)
             for statement in STATEMENTS.values():
