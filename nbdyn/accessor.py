@@ -1,4 +1,4 @@
-"""`df.dyn`: what can be done next with any tidy frame that has a step column."""
+"""`df.dyn`: what can be done next with any frame that has steps or samples, or that answers a statement."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ import pandas as pd
 from nbdyn import plots
 from nbdyn.errors import NbdynError, UnknownName, did_you_mean
 from nbdyn.schema import PROVENANCE
-
-MAX_ROWS = 5000
-"""Rows in a chart, at most (altair's own limit); beyond, values are reduced to the least and greatest of a bin."""
+from nbdyn.thumbnails import Thumbnails, thumbnails
 
 _LINES = ("run", "layer", "tensor", "weight", "parameter")
 """Columns that say which line a row belongs to, when the frame holds several."""
@@ -21,21 +19,21 @@ _POSITIONS = ("step", "epoch", "position", "sample", "batch_size", "seconds", "s
 """Columns that say where a value stands; they are neither smoothed nor drawn unless asked for."""
 _AT_EVERY_STEP = ("loss", "lr", "grad_norm", "|grad|")
 """Quantities whose NaN is news; in all others (logged now and then, measured every 50 steps) it means: no value."""
-_LOGARITHMIC = ("grad_norm", "update_ratio", "update_norm", "|grad|", "|dw|")
 
 
 @pd.api.extensions.register_dataframe_accessor("dyn")
 class Dyn:
-    """The next steps of a frame: draw it, smooth it, pivot it. Methods give new frames, so they chain.
+    """The next steps of a frame: draw it, show its samples, smooth it, pivot it.
 
-    A frame needs a column (or index level) "step". It may be wide (one column a quantity) or tidy (columns "quantity"
-    and "value"). Nothing is kept between two calls, and the frame is never changed.
+    A frame needs a column (or index level) "step", or a column "sample", or to be the answer of a statement. It may be
+    wide (one column a quantity) or tidy (columns "quantity" and "value"). Nothing is kept between two calls, and the
+    frame is never changed; `smooth` and `wide` give new frames, so that they chain.
 
     Args:
         frame: the frame; `nbdyn.dyn(frame)` is the same as `frame.dyn`, for type checkers.
 
     Raises:
-        AttributeError: if there is no "step".
+        AttributeError: if it is none of these.
 
     >>> frame = pd.DataFrame({"step": [0, 1], "loss": [2.0, 1.0]})
     >>> frame.dyn.smooth(window=2).loss.tolist()
@@ -44,7 +42,8 @@ class Dyn:
 
     def __init__(self, frame: pd.DataFrame) -> None:
         """Check the columns; pandas makes the accessor anew at every use, so nothing else happens here."""
-        if "step" not in frame.columns and "step" not in frame.index.names:
+        known = {"step", "sample"} & {*frame.columns, *frame.index.names}
+        if not known and "query" not in frame.attrs.get(PROVENANCE, {}):
             present = ", ".join(map(str, frame.columns[:12])) or "no columns"
             example = next((str(c) for c in frame.columns if str(c) in ("iter", "iteration", "t", "batch")), "iter")
             # pandas shows an AttributeError to the user and leaves `dyn` out of completion.
@@ -54,23 +53,30 @@ class Dyn:
             )
         self._frame = frame
 
-    def plot(self, y: str | Sequence[str] | None = None, x: str = "step", color: str | None = None) -> Any:
-        """Small multiples over one axis, as an altair chart that shows itself without network.
+    def plot(self, y: str | Sequence[str] | None = None, x: str | None = None, color: str | None = None) -> Any:
+        """A picture, as an altair chart that shows itself without network.
 
-        More rows than a chart can hold are reduced to bins that keep their least and greatest value (the band) and
-        their mean (the line), so that no spike is lost. Infinite values are marked along the top, and so is NaN
-        in loss, lr and gradient norm; elsewhere NaN means that there was no value at this step.
+        Without arguments, an answer of `top`, `group`, `last`, `compare ... at step` or `show ... per` gets the picture
+        that fits it, see `nbdyn.plots.picture`: bars, heat maps, maps of the weights, strips of samples.
+
+        All else is small multiples over one axis. More rows than a chart can hold are reduced to bins that keep their
+        least and greatest value (the band) and their mean (the line), so that no spike is lost. Infinite values are
+        marked along the top, and so is NaN in loss, lr and gradient norm; elsewhere NaN means that there was no value
+        at this step.
 
         Args:
             y: one quantity or several; None takes all that hold finite numbers and are no positions (step, epoch, ...).
-            x: the column of the shared axis.
+            x: the column of the shared axis; None takes "step", or "epoch" or "sample" where there is no step.
             color: the column that tells lines apart; None takes the first of run, layer, tensor, weight, parameter.
 
         Raises:
             UnknownName: if a quantity or column does not exist.
-            NbdynError: if there is nothing to draw, or more lines than a chart can hold.
+            NbdynError: if there is nothing to draw, no picture of it, or more lines than a chart can hold.
         """
         frame = self._flat()
+        if y is None and x is None and color is None and (chart := plots.picture(frame)) is not None:
+            return chart
+        x = x or next((name for name in ("step", "epoch", "sample") if name in frame), "step")
         wide = _pivot(frame, [c for c in (*_POSITIONS, color, x) if c and c in frame]) if _is_tidy(frame) else frame
         if y is None:
             names = [name for name in _quantities(wide, (x, color)) if _any_finite(wide[name])]
@@ -85,7 +91,20 @@ class Dyn:
                 raise NbdynError(f"There is nothing to draw: {name!r} holds no finite number.")
         if not names:
             raise NbdynError("There is nothing to draw: beside positions no column of this frame holds a number.")
-        return self._stack(wide, names, x, color)
+        wide.attrs = dict(self._frame.attrs)
+        return plots.lines(wide, names, x, color, every=_AT_EVERY_STEP)
+
+    def thumbnails(self, data: Any, columns: int = 10) -> Thumbnails:
+        """The samples of the frame as small pictures with rank, class, loss or value below them.
+
+        Args:
+            data: the data set that was recorded; see `nbdyn.thumbnails.thumbnails` for what it may be.
+            columns: pictures in a row.
+
+        Raises:
+            NbdynError: if there is no column "sample", a sample is not in `data`, or samples are no pictures.
+        """
+        return thumbnails(self._flat(), data, columns)
 
     def smooth(self, *, ema: float | None = None, window: int | None = None) -> pd.DataFrame:
         """A new frame whose quantities are averaged over earlier steps; positions and `attrs` stay.
@@ -109,7 +128,7 @@ class Dyn:
         if window is not None and (window < 1 or window != int(window)):
             raise NbdynError(f"window is a number of steps, at least 1, not {window}.")
 
-        frame = self._flat().copy()
+        frame = self._over_steps().copy()
         keys = [c for c in (*_LINES, "quantity") if c in frame]
         ordered = frame.sort_values("step", kind="stable")
         for name in _quantities(frame, ()):
@@ -132,7 +151,7 @@ class Dyn:
         >>> tidy.dyn.wide().loc[0].tolist()
         [2.0, 0.1]
         """
-        frame = self._flat()
+        frame = self._over_steps()
         if not _is_tidy(frame):
             raise NbdynError(f"wide needs the columns quantity and value; this frame has {', '.join(frame.columns)}.")
         index = [c for c in (*_LINES, "step") if c in frame]
@@ -141,32 +160,17 @@ class Dyn:
         return wide
 
     def _flat(self) -> pd.DataFrame:
-        """The frame with "step" as a column."""
-        return self._frame if "step" in self._frame.columns else self._frame.reset_index()
+        """The frame with steps and samples as columns."""
+        there = {"step", "sample"} & set(self._frame.index.names)
+        return self._frame.reset_index() if there - set(self._frame.columns) else self._frame
 
-    def _stack(self, frame: pd.DataFrame, names: list[str], x: str, color: str | None) -> Any:
-        groups = [(None, frame)] if color is None else list(frame.groupby(color, sort=False))
-        bins = min(800, MAX_ROWS // (len(groups) * len(names)) // 2 * 2)
-        if bins < 10:
+    def _over_steps(self) -> pd.DataFrame:
+        frame = self._flat()
+        if "step" not in frame.columns:
             raise NbdynError(
-                f"{len(groups)} lines in {len(names)} panels are more than a chart can show; "
-                "choose some with y=... or filter the frame first."
+                f"There is no column 'step' to go along; this frame has {', '.join(map(str, frame.columns))}."
             )
-        panels = []
-        for i, name in enumerate(names):
-            parts = []
-            for key, rows in groups:
-                values = _numbers(rows[name])
-                kept = slice(None) if name in _AT_EVERY_STEP else ~np.isnan(values)
-                table = plots.decimate(rows[x].to_numpy()[kept], values[kept], bins)
-                parts.append(table if color is None else table.assign(series=str(key)))
-            table = pd.concat(parts, ignore_index=True)
-            last = x if i == len(names) - 1 else None
-            log = name in _LOGARITHMIC
-            panels.append(plots.panel(table, name, last, color=plots.COLORS[i % len(plots.COLORS)], log=log))
-        origin = self._frame.attrs.get(PROVENANCE, {})
-        subtitle = ", ".join(f"{k} {origin[k]}" for k in ("query", "steps") if origin.get(k))
-        return plots.stack(panels, str(origin.get("run", "")), subtitle)
+        return frame
 
 
 dyn = Dyn
@@ -207,13 +211,8 @@ def _average(values: Any, ema: float | None, window: int | None) -> Any:
     return mean.where(finite.notna(), values)
 
 
-def _numbers(column: Any) -> np.ndarray:
-    """A column as float64, whatever pandas holds it in."""
-    return column.to_numpy(dtype="float64", na_value=np.nan)
-
-
 def _any_finite(column: Any) -> bool:
-    return pd.api.types.is_numeric_dtype(column) and bool(np.isfinite(_numbers(column)).any())
+    return pd.api.types.is_numeric_dtype(column) and bool(np.isfinite(plots.numbers(column)).any())
 
 
 def _is_tidy(frame: pd.DataFrame) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -15,6 +15,7 @@ from nbdyn.folder import weights_words
 from nbdyn.moment import Moment
 from nbdyn.store import Store, Weights, frames
 from nbdyn.store.gradients import Gradients
+from nbdyn.thumbnails import Thumbnails, thumbnails
 
 if TYPE_CHECKING:
     from torch import nn
@@ -190,6 +191,101 @@ class Run:
         self.refresh()
         return query.execute(text, self.store, names=names)
 
+    def top(
+        self,
+        count: int | str,
+        what: str,
+        *,
+        by: str,
+        per: str | None = None,
+        of: str | None = None,
+        epoch: int | tuple[int, int] | None = None,
+        step: int | tuple[int, int] | None = None,
+        where: str | None = None,
+        within: str | float | None = None,
+    ) -> pd.DataFrame:
+        """The members of largest measure: `run.top(20, "samples", per="weight", of="fc1.*", by="sum |g|", epoch=7)`.
+
+        The same as the statement `top 20 samples per weight of fc1.* by sum |g| during epoch 7`; see docs/query.md.
+        A range of epochs or steps is a pair, both ends included.
+        """
+        from nbdyn.query import statements
+
+        scope = {"epoch": epoch, "step": step}
+        return self.query(statements.top(count, what, by=by, per=per, of=of, where=where, within=within, **scope))
+
+    def group(
+        self,
+        what: str,
+        *,
+        by: str,
+        into: int = 8,
+        of: str | None = None,
+        epoch: int | tuple[int, int] | None = None,
+        step: int | tuple[int, int] | None = None,
+        where: str | None = None,
+    ) -> pd.DataFrame:
+        """Members in bins of their measure: `run.group("weights", by="sum |grad|", into=8)`, as `group weights ...`."""
+        from nbdyn.query import statements
+
+        return self.query(statements.group(what, by=by, into=into, of=of, epoch=epoch, step=step, where=where))
+
+    def show(
+        self,
+        *items: str,
+        per: str | Sequence[str] | None = None,
+        epoch: int | tuple[int, int] | None = None,
+        step: int | tuple[int, int] | None = None,
+        where: str | None = None,
+    ) -> pd.DataFrame:
+        """Values as recorded or measured: `run.show("loss", "|grad|", epoch=3)`, as `show loss, |grad| ...`."""
+        from nbdyn.query import statements
+
+        return self.query(statements.show(*items, per=per, epoch=epoch, step=step, where=where))
+
+    def last(
+        self,
+        count: int,
+        before: str,
+        *,
+        every: bool = False,
+        epoch: int | tuple[int, int] | None = None,
+        step: int | tuple[int, int] | None = None,
+    ) -> pd.DataFrame:
+        """The samples before an event: `run.last(50, "fc1.weight[3,5] becomes 0 within 1e-6")`, as `last 50 ...`."""
+        from nbdyn.query import statements
+
+        return self.query(statements.last(count, before, every=every, epoch=epoch, step=step))
+
+    def compare(
+        self,
+        *others: str | Run,
+        by: str | Sequence[str],
+        epoch: int | tuple[int, int] | None = None,
+        step: int | tuple[int, int] | None = None,
+    ) -> pd.DataFrame:
+        """This run beside others: `run.compare(other, by="progress(loss)", step=500)`, as `compare ... by ...`."""
+        from nbdyn.query import statements
+
+        names = [self.uri, *(other.uri if isinstance(other, Run) else other for other in others)]
+        return self.query(statements.compare(names, by, epoch=epoch, step=step))
+
+    def thumbnails(self, frame: pd.DataFrame, columns: int = 10) -> Thumbnails:
+        """The samples of a result as small pictures, out of the data given to `nbdyn.open`.
+
+        Args:
+            frame: a frame with a column "sample".
+            columns: pictures in a row.
+
+        Raises:
+            NbdynError: if the run was opened without data, or samples are no pictures; see `nbdyn.thumbnails`.
+        """
+        if self.data is None:
+            raise NbdynError(
+                f"{self.name} was opened without its data: nbdyn.open(path, data=data), or df.dyn.thumbnails(data)."
+            )
+        return thumbnails(frame, self.data, columns)
+
     def cockpit(self) -> Cockpit:
         """Loss, learning rate, gradient norm and update/weight ratio over all steps, as a widget."""
         from nbdyn.widgets.cockpit import Cockpit
@@ -229,7 +325,7 @@ def open(path: str | os.PathLike[str] | Recorder, model: nn.Module | None = None
     Args:
         path: where it lies: a folder, any TileDB URI, or the recorder itself.
         model: the model, for `run.replay`.
-        data: the data set, for `run.replay`.
+        data: the data set, for `run.replay` and `run.thumbnails`.
 
     Raises:
         NbdynError: if nothing is there.

@@ -19,7 +19,7 @@ FLOORS = {
     "store": 1,
     "recorder": 2, "query": 2, "statistics": 2,
     "analysis": 3,
-    "parallel": 4, "plots": 4,
+    "parallel": 4, "plots": 4, "thumbnails": 4,
     "widgets": 5,
     "magics": 6, "magic_options": 6, "magic_names": 6, "magic_completion": 6,
     "accessor": 6, "run": 6, "moment": 6, "recording": 6, "folder": 6, "demo": 6, "doctor": 6,

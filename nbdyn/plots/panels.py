@@ -1,9 +1,7 @@
-"""Altair charts that show themselves as a picture without network, and the panels that nbdyn draws with them."""
+"""Panels over a shared axis, and how numbers and marks look in all pictures."""
 
 from __future__ import annotations
 
-import io
-import zlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -11,131 +9,30 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
-from nbdyn.settings import options
+from nbdyn.errors import NbdynError
+from nbdyn.plots.offline import offline
+from nbdyn.schema import PROVENANCE
 from nbdyn.store.envelope import Envelope
 
 COLORS = ("#3f7fd0", "#c8553d", "#2a9483", "#b07d18", "#7d63c4", "#63788f")
 """The colours of lines and panels; they read on a light and on a dark ground."""
 ALARM = "#d5473c"
 """The colour of NaN marks."""
-_MUTED = "#6b6b76"
-_FONT = "Helvetica Neue, Helvetica, Arial, sans-serif"
-_AXIS: dict[str, Any] = {
-    "domain": False, "ticks": False, "labelColor": _MUTED, "titleColor": _MUTED, "labelFontSize": 10,
+MUTED = "#6b6b76"
+"""The colour of axes and subtitles."""
+MAX_ROWS = 5000
+"""Rows in a chart, at most (altair's own limit); beyond, values are reduced to the extremes of a bin."""
+LOGARITHMIC = ("grad_norm", "update_ratio", "update_norm", "|grad|", "|dw|")
+"""Quantities that are drawn on a logarithmic scale."""
+PLAIN = (
+    "datum.value == 0 || (abs(datum.value) >= 1e-3 && abs(datum.value) < 1e5) "
+    "? format(datum.value, ',') : format(datum.value, '~e')"
+)
+"""A Vega expression: how numbers along an axis are written."""
+AXIS: dict[str, Any] = {
+    "domain": False, "ticks": False, "labelColor": MUTED, "titleColor": MUTED, "labelFontSize": 10,
     "titleFontSize": 10, "titleFontWeight": "normal", "labelPadding": 6,
 }  # fmt: skip
-
-
-class _Offline:
-    """What the classes below add to altair's: the picture, and operators that give charts of the same kind."""
-
-    def _repr_mimebundle_(self, *args: Any, **kwargs: Any) -> Any:
-        """A PNG (drawn twice as fine as it is shown) and a line of text.
-
-        A renderer that the user chose, such as `alt.renderers.enable("jupyter", offline=True)`, is left to its work.
-        """
-        if alt.renderers.active != "default" or not options.static_png:
-            return super()._repr_mimebundle_(*args, **kwargs)  # type: ignore[misc]
-        picture = to_png(self)
-        return {"image/png": picture, "text/plain": f"altair {type(self).__name__}"}, {"image/png": png_size(picture)}
-
-    def __add__(self, other: Any) -> Any:
-        return offline(super().__add__(other))  # type: ignore[misc]
-
-    def __and__(self, other: Any) -> Any:
-        return offline(super().__and__(other))  # type: ignore[misc]
-
-    def __or__(self, other: Any) -> Any:
-        return offline(super().__or__(other))  # type: ignore[misc]
-
-    def facet(self, *args: Any, **kwargs: Any) -> Any:
-        """As altair's, the result drawn without network too."""
-        return offline(super().facet(*args, **kwargs))  # type: ignore[misc]
-
-
-class OfflineChart(_Offline, alt.Chart):
-    """An `altair.Chart` shown without network."""
-
-
-class OfflineLayerChart(_Offline, alt.LayerChart):
-    """An `altair.LayerChart` shown without network."""
-
-
-class OfflineVConcatChart(_Offline, alt.VConcatChart):
-    """An `altair.VConcatChart` shown without network."""
-
-
-class OfflineHConcatChart(_Offline, alt.HConcatChart):
-    """An `altair.HConcatChart` shown without network."""
-
-
-class OfflineConcatChart(_Offline, alt.ConcatChart):
-    """An `altair.ConcatChart` shown without network."""
-
-
-class OfflineFacetChart(_Offline, alt.FacetChart):
-    """An `altair.FacetChart` shown without network."""
-
-
-class OfflineRepeatChart(_Offline, alt.RepeatChart):
-    """An `altair.RepeatChart` shown without network."""
-
-
-_OFFLINE = {cls.__mro__[2]: cls for cls in _Offline.__subclasses__()}
-
-
-def offline(chart: Any) -> Any:
-    """The same chart, drawn as a PNG without network when a notebook shows it.
-
-    It stays an altair chart: `.properties`, `.interactive`, `.save`, `.to_dict`, `&`, `|` and `+` work as ever. The
-    user's global `alt.renderers` is neither changed nor overruled: once one is chosen, the chart is shown by it.
-    Drawing takes 0.7 s the first time, then some 30 ms.
-
-    >>> chart = offline(alt.Chart(pd.DataFrame({"x": [1, 2]})).mark_point().encode(x="x"))
-    >>> sorted((chart & chart)._repr_mimebundle_()[0])
-    ['image/png', 'text/plain']
-    """
-    if isinstance(chart, _Offline):
-        return chart
-    if type(chart) not in _OFFLINE:
-        raise TypeError(f"offline() takes an altair chart, not {type(chart).__name__}.")
-    twin = chart.copy(deep=False)
-    # altair's own __setattr__ writes into the specification, so the class is set past it.
-    object.__setattr__(twin, "__class__", _OFFLINE[type(chart)])
-    return twin
-
-
-def to_png(chart: Any) -> bytes:
-    """The chart as the bytes of a PNG file, two pixels a point, drawn by vl-convert without a browser."""
-    buffer = io.BytesIO()
-    if chart._get("config") is alt.Undefined:
-        # Set here and not on the chart: altair refuses to place charts that have a config beside others.
-        chart = chart.configure(font=_FONT, background="white", padding=14)
-    chart.save(buffer, format="png", scale_factor=2)
-    return _squeeze(buffer.getvalue())
-
-
-def _squeeze(picture: bytes) -> bytes:
-    """The same PNG, compressed harder: pictures lie in notebooks, and vl-convert's are 2.4 times as large (0.1 s)."""
-    kept, pixels, at = [], b"", 8
-    while at < len(picture):
-        end = at + 12 + int.from_bytes(picture[at : at + 4], "big")  # length, type, data, checksum
-        if picture[at + 4 : at + 8] == b"IDAT":
-            pixels += picture[at + 8 : end - 4]
-        else:
-            kept.append(picture[at:end])
-        at = end
-    body = b"IDAT" + zlib.compress(zlib.decompress(pixels), 9)
-    data = (len(body) - 4).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
-    return picture[:8] + b"".join([*kept[:-1], data, kept[-1]])
-
-
-def png_size(picture: bytes) -> dict[str, int]:
-    """Width and height in points at which a picture of `to_png` should be shown, read from its header."""
-    return {
-        "width": int.from_bytes(picture[16:20], "big") // 2,
-        "height": int.from_bytes(picture[20:24], "big") // 2,
-    }
 
 
 def show_number(value: float) -> str:
@@ -208,10 +105,10 @@ def panel(
         table = table.assign(low=table.low.where(table.low > 0, table.low[table.low > 0].min()))
         table = table.assign(mean=table["mean"].where(table["mean"] > 0), high=table.high.where(table.high > 0))
     log = log and bool((table["mean"] > 0).any())
-    marks = _powers(table) if log else {"tickCount": 4 if size[1] > 100 else 3, "format": "~g"}
-    y_axis = alt.Axis(title=None, gridColor="#e9e9ec", **marks, **_AXIS)
+    marks = _powers(table) if log else {"tickCount": 4 if size[1] > 100 else 3, "labelExpr": PLAIN}
+    y_axis = alt.Axis(title=None, gridColor="#e9e9ec", **marks, **AXIS)
     y = alt.Y("low:Q", axis=y_axis, scale=alt.Scale(type="log") if log else alt.Scale(zero=False))
-    axis = None if x_title is None else alt.Axis(title=x_title, grid=False, tickCount=8, **_AXIS)
+    axis = None if x_title is None else alt.Axis(title=x_title, grid=False, tickCount=8, **AXIS)
     ends = alt.Scale(domain=[float(table.x_first.min()), float(table.x_last.max())], nice=False)
     table = table.assign(x=(table.x_first + table.x_last) / 2)
     base = alt.Chart(table).encode(x=alt.X("x:Q", axis=axis, scale=ends))
@@ -247,8 +144,60 @@ def _powers(table: pd.DataFrame) -> dict[str, Any]:
 
 def stack(panels: Sequence[Any], title: str, subtitle: str) -> Any:
     """The panels one under the other on a shared x axis, and what they show as the title."""
+    return titled(alt.vconcat(*panels, spacing=12).resolve_scale(x="shared", color="shared"), title, subtitle)
+
+
+def titled(chart: Any, title: str, subtitle: str | Sequence[str] = "") -> Any:
+    """A chart that is drawn without network, with what it shows above it (nothing, where there is nothing to say)."""
     heading = alt.TitleParams(
-        title, subtitle=subtitle, anchor="start", fontSize=13, subtitleColor=_MUTED, subtitlePadding=5, offset=14
+        title, subtitle=subtitle, anchor="start", fontSize=13, subtitleColor=MUTED, subtitlePadding=5, offset=14
     )
-    chart = alt.vconcat(*panels, spacing=12).resolve_scale(x="shared", color="shared")
     return offline(chart.properties(title=heading) if title or subtitle else chart)
+
+
+def lines(
+    frame: pd.DataFrame, names: Sequence[str], x: str, color: str | None = None, every: Sequence[str] = ()
+) -> Any:
+    """Small multiples over one axis: a panel for each quantity, a line for each value of one column.
+
+    Args:
+        frame: the rows.
+        names: the quantities.
+        x: the column of the shared axis.
+        color: the column that tells lines apart.
+        every: quantities whose NaN are marked; in others NaN means that there was no value.
+
+    Raises:
+        NbdynError: if there are more lines than a chart can hold.
+    """
+    groups = [(None, frame)] if color is None else list(frame.groupby(color, sort=False, observed=True))
+    bins = min(800, MAX_ROWS // (len(groups) * len(names)) // 2 * 2)
+    if bins < 10:
+        raise NbdynError(
+            f"{len(groups)} lines in {len(names)} panels are more than a chart can show; "
+            "choose some with y=... or filter the frame first."
+        )
+    panels: list[Any] = []
+    for i, name in enumerate(names):
+        parts: list[pd.DataFrame] = []
+        for key, rows in groups:
+            values = numbers(rows[name])
+            kept = slice(None) if name in every else ~np.isnan(values)
+            table = decimate(rows[x].to_numpy()[kept], values[kept], bins)
+            parts.append(table if color is None else table.assign(series=str(key)))
+        table = pd.concat(parts, ignore_index=True)
+        last = x if i == len(names) - 1 else None
+        log = name in LOGARITHMIC
+        panels.append(panel(table, name, last, color=COLORS[i % len(COLORS)], log=log))
+    return stack(panels, *heading(frame))
+
+
+def heading(frame: pd.DataFrame) -> tuple[str, str]:
+    """What stands above a picture of a frame: the run, and the statement with the steps it read."""
+    origin = frame.attrs.get(PROVENANCE, {})
+    return str(origin.get("run", "")), ", ".join(f"{k} {origin[k]}" for k in ("query", "steps") if origin.get(k))
+
+
+def numbers(column: Any) -> np.ndarray:
+    """A column as float64, whatever pandas holds it in."""
+    return column.to_numpy(dtype="float64", na_value=np.nan)
