@@ -46,7 +46,11 @@ def open_run(name: str, store: Store) -> Store:
         return store
     neighbour = join(parent(store.uri), name)
     for place in (name, neighbour):
+        if place in store.neighbours:
+            store.neighbours[place].refresh()
+            return store.neighbours[place]
         if _is_run(place):
-            return Store(place)
+            store.neighbours[place] = Store(place)
+            return store.neighbours[place]
     known = [other for other in siblings(store.uri) if other != store.name]
     raise UnknownName(f'no run "{name}" here or beside {store.name}; {did_you_mean(name, [store.name, *known])}')

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from nbdyn.store.factors import Factors
 
 
-KEPT_STEPS, KEPT_VISITS = 200_000, 2_000_000
-"""What was read of runs of so many steps, and of so many visits, is kept in memory (16 and 60 MB)."""
+KEPT_STEPS, KEPT_VISITS, KEPT_SCALARS = 200_000, 2_000_000, 4_000_000
+"""What was read of runs of so many steps, visits and scalars is kept in memory (16, 60 and 32 MB at most)."""
 
 
 class Store:
@@ -48,6 +48,7 @@ class Store:
         self.steps_committed = 0
         self.timestamp = 0
         self._state: tuple[Any, ...] = ()
+        self.neighbours: dict[str, Store] = {}  # runs that statements compared this one with, by their names and paths
         self.refresh()
 
     def refresh(self) -> bool:
@@ -66,6 +67,7 @@ class Store:
             self.__dict__.pop("factors", None)
             self._visits: tuple[int, int, dict[str, np.ndarray]] | None = None
             self._columns: dict[str, np.ndarray] = {}
+            self._scalars: np.ndarray | None = None
             self._state = state
         return self.steps_committed > before
 
@@ -121,9 +123,14 @@ class Store:
         """Column name -> values (stop - start,) float64."""
         if stop <= start or not self.columns:
             return {name: np.empty(0) for name in self.columns}
-        with self.open("scalars") as array, reading(array.uri):
-            table = array[start:stop, : len(self.columns)]["value"]
-        return {name: table[:, place] for place, name in enumerate(self.columns)}
+        small = stop <= self.steps_committed and self.steps_committed * len(self.columns) <= KEPT_SCALARS
+        first, last = (0, self.steps_committed) if small else (start, stop)
+        table = self._scalars
+        if not small or table is None:
+            with self.open("scalars") as array, reading(array.uri):
+                table = array[first:last, : len(self.columns)]["value"]
+            self._scalars = table if small else None
+        return {name: table[start - first : stop - first, place].copy() for place, name in enumerate(self.columns)}
 
     def read_visits(self, start: int, stop: int) -> dict[str, np.ndarray]:
         """Columns of `visits` for steps start..stop-1, each (visits,), sorted by (step, position).

@@ -51,7 +51,7 @@ class MemoryStore:
     """What the query room needs of a store."""
 
     def __init__(self, name: str = "tiny", weights: str = "every", writable: bool = True, loss: Any = LOSS) -> None:
-        self.name, self.uri = name, f"mem/{name}"
+        self.name, self.uri, self.neighbours = name, f"mem/{name}", {}
         self.steps_committed = len(loss)
         self.columns = ["lr/0", "lr/1", "grad_norm/0", "grad_norm/1", "weight_norm/0", "weight_norm/1", "update_norm/0",
                         "update_norm/1", "log/val loss", "log/mean"]  # fmt: skip
