@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from nbdyn import plots
 from nbdyn.errors import NbdynError, UnknownName, did_you_mean
 from nbdyn.schema import PROVENANCE
 from nbdyn.thumbnails import Thumbnails, thumbnails
@@ -74,6 +73,8 @@ class Dyn:
             NbdynError: if there is nothing to draw, no picture of it, or more lines than a chart can hold.
         """
         frame = self._flat()
+        from nbdyn import plots  # altair takes a second or more to import
+
         if y is None and x is None and color is None and (chart := plots.picture(frame)) is not None:
             return chart
         x = x or next((name for name in ("step", "epoch", "sample") if name in frame), "step")
@@ -212,7 +213,9 @@ def _average(values: Any, ema: float | None, window: int | None) -> Any:
 
 
 def _any_finite(column: Any) -> bool:
-    return pd.api.types.is_numeric_dtype(column) and bool(np.isfinite(plots.numbers(column)).any())
+    from nbdyn.plots import numbers
+
+    return pd.api.types.is_numeric_dtype(column) and bool(np.isfinite(numbers(column)).any())
 
 
 def _is_tidy(frame: pd.DataFrame) -> bool:
