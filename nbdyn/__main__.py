@@ -12,9 +12,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, or 1 if something is wrong."""
     parser = argparse.ArgumentParser(prog="python -m nbdyn", description="Record and study how networks train.")
     commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="train an MLP on handwritten digits, record it, answer questions")
+    demo = commands.add_parser("demo", help="train an MLP on handwritten digits, record it, answer the five questions")
     demo.add_argument("--folder", default="nbdyn-demo", help="where runs and picture go (default: %(default)s)")
-    demo.add_argument("--epochs", type=int, default=20, help="passes over the data (default: %(default)s)")
+    demo.add_argument("--epochs", type=int, default=6, help="passes over the data (default: %(default)s)")
     for name, text in (
         ("verify", "read every byte of a run and check that its parts agree"),
         ("gc", "remove what a killed writer left behind"),

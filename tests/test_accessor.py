@@ -157,3 +157,14 @@ def test_wide_refuses_what_has_no_shape(steps: pd.DataFrame):
     twice = pd.DataFrame({"step": [4, 4], "quantity": "loss", "value": [1.0, 2.0]})
     with pytest.raises(NbdynError, match="two values of 'loss' at step 4; aggregate them first"):
         twice.dyn.wide()
+
+
+def test_answers_and_samples_take_part_without_steps():
+    answer = pd.DataFrame({"rank": [1], "layer": ["fc"], "net dw": [0.5]})
+    assert not hasattr(answer, "dyn")
+    answer.attrs["nbdyn"] = {"query": "top 1 layers by net dw", "what": "top"}
+    assert hasattr(answer, "dyn") and hasattr(pd.DataFrame({"sample": [3]}), "dyn")
+    with pytest.raises(NbdynError, match="no column 'step' to go along; this frame has rank, layer, net dw"):
+        answer.dyn.smooth(window=2)
+    samples = pd.DataFrame({"sample": [0, 1], "mean_loss": [1.0, 2.0]})
+    assert [row["high"] for row in rows(samples.dyn.plot("mean_loss"))] == [1.0, 2.0]

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 import nbdyn
+import nbdyn.accessor  # registers df.dyn
 from nbdyn.errors import NbdynError
 from nbdyn.plots.grids import reduce_blocks
 from nbdyn.plots.labels import places

@@ -51,7 +51,8 @@ def _strips(table: Any, length: int) -> Any:
         x=alt.X("before:O", sort="descending", axis=x_axis),
         y=alt.Y("event:N", sort=None, axis=alt.Axis(title=None, **axis)),
     )
-    layers = [base.mark_rect().encode(color=colour(table["value"].to_numpy(np.float64), "loss"))]
+    shade = colour(table["value"].to_numpy(np.float64), "loss", int(np.clip(22 * table["event"].nunique(), 44, 110)))
+    layers = [base.mark_rect().encode(color=shade)]
     if width >= 10:
         layers.append(written(base, table["value"].to_numpy(np.float64), "class:N"))
     if table["wrong"].any():

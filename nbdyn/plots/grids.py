@@ -55,13 +55,13 @@ def written(base: Any, values: np.ndarray, text: str) -> Any:
     return base.mark_text(fontSize=9).encode(text=text, color=ink)
 
 
-def colour(values: np.ndarray, title: str) -> Any:
+def colour(values: np.ndarray, title: str, length: int = 110) -> Any:
     """The colour scale of values: from white, or about white where there are both signs."""
     finite = values[np.isfinite(values)]
     signed = finite.size and finite.min() < 0
     end = float(np.abs(finite).max()) if finite.size else 1.0
     scale = alt.Scale(scheme="redblue", domain=[-end, end]) if signed else alt.Scale(scheme="tealblues")
-    legend = alt.Legend(title=title or None, gradientLength=110, gradientThickness=9, **_LEGEND)
+    legend = alt.Legend(title=title or None, gradientLength=length, gradientThickness=9, **_LEGEND)
     return alt.Color("value:Q", scale=scale, legend=legend)
 
 
