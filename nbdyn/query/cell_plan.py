@@ -48,6 +48,7 @@ class CellPlan:
         reads: what is read.
         columns: of the result.
         notes: what is to be known.
+        exact: whether a statement with `approximately` is answered exactly, because that costs less.
     """
 
     statement: Top | Group | Show
@@ -63,6 +64,7 @@ class CellPlan:
     reads: tuple[Read, ...]
     columns: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    exact: bool = False
 
     @property
     def attributes(self) -> bool:

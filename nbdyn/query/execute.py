@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from nbdyn.errors import NbdynError, QueryError, UnknownName
+from nbdyn.query.approximate import run_approximately
 from nbdyn.query.cell_plan import CellPlan
 from nbdyn.query.comparison import compare
 from nbdyn.query.events import find_condition
@@ -143,7 +144,7 @@ def _run(plan: Plan, source: Source) -> tuple[pd.DataFrame, list[str]]:
         case ComparePlan():
             return compare(plan)
         case CellPlan():
-            return run_cells(plan, source)
+            return (run_cells if plan.statement.within is None else run_approximately)(plan, source)
         case RankPlan():
             return run_rank(plan, source)
 

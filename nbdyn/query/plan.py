@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from nbdyn.errors import NotRecorded
+from nbdyn.query.approximate_plan import approximated
 from nbdyn.query.cell_plan import CellPlan, plan_cells
 from nbdyn.query.evaluate import fields, has_aggregate, with_means
 from nbdyn.query.exceeding import plan_exceeds
@@ -147,7 +148,7 @@ def make_plan(
     """
     match statement:
         case Show((Measured(),)) | Top(by=Measure()) | Group(by=Measure()):
-            return plan_cells(statement, source)
+            return approximated(plan_cells(statement, source), source)
         case Top() | Group():
             return _plan_rank(statement, source)
         case Show():

@@ -83,12 +83,12 @@ def _long(plan: CellPlan, ranking: Ranking, asked: Question, ranks_members: bool
     row, place = np.nonzero(there) if not there.all() else np.divmod(np.arange(there.size), there.shape[1])
     found = ranking.numbers[there].astype(np.int64)
     member, target = (found, row) if ranks_members else (row, found)
-    columns = _labels(asked.members.labels, asked.targets, member, target)
+    columns = labels_of(asked.members.labels, asked.targets, member, target)
     columns |= {"rank": place + 1, str(plan.measure): ranking.values[there]}
     return pd.DataFrame({name: columns[name] for name in plan.columns}, copy=False)
 
 
-def _labels(members: pd.DataFrame, targets: Targets, member: Array, target: Array) -> dict[str, Any]:
+def labels_of(members: pd.DataFrame, targets: Targets, member: Array, target: Array) -> dict[str, Any]:
     """The columns that name some members and targets."""
     labels = targets.labels(target)
     columns: dict[str, Any] = {name: labels[name].array for name in labels.columns}
@@ -138,7 +138,7 @@ def _finish(plan: CellPlan, values: Array, members: pd.DataFrame, targets: Targe
     flat, measure, statement = values.reshape(-1), str(plan.measure), plan.statement
     columns: dict[str, Any] = {}
     if isinstance(statement, Top):
-        code, table = _lists_of(statement, members, targets, member, target)
+        code, table = lists_of(statement, members, targets, member, target)
         order = np.argsort(code, kind="stable")
         lists = np.split(order, np.flatnonzero(np.diff(code[order])) + 1) if len(order) else []
         best = [some[largest(flat[some], how_many(statement, len(some)))] for some in lists]
@@ -147,14 +147,14 @@ def _finish(plan: CellPlan, values: Array, members: pd.DataFrame, targets: Targe
         columns |= {name: table[name].to_numpy()[code[chosen]] for name in table.columns}
     else:
         chosen = np.flatnonzero(~np.isneginf(flat))
-    columns |= _labels(members, targets, member[chosen], target[chosen])
+    columns |= labels_of(members, targets, member[chosen], target[chosen])
     columns[measure] = flat[chosen]
     if isinstance(statement, Group):
         columns |= bins(flat[chosen], statement.into)
     return pd.DataFrame(columns)[[name for name in plan.columns if name in columns]]
 
 
-def _lists_of(
+def lists_of(
     statement: Top, members: pd.DataFrame, targets: Targets, member: Array, target: Array
 ) -> tuple[Array, pd.DataFrame]:
     """The list that each place of the flat matrix belongs to, and the labels of the lists."""
