@@ -13,10 +13,12 @@ from nbdyn.errors import NotRecorded
 from nbdyn.query.cell_plan import OF_STEPS, CellPlan, explodes
 from nbdyn.query.evaluate import Array
 from nbdyn.query.explode import thresholds
+from nbdyn.query.layers import table_of
 from nbdyn.query.reduce.matrix import Cells
 from nbdyn.query.reduce.members import PLACES, Members, members_of
 from nbdyn.query.reduce.steps import pieces_of
 from nbdyn.query.reduce.targets import Targets, targets_of
+from nbdyn.query.reduce.units import unit_pieces
 from nbdyn.query.source import Source
 from nbdyn.query.tree import Measure
 from nbdyn.store.attribution import Attribution, coefficients
@@ -39,11 +41,11 @@ def question(plan: CellPlan, source: Source) -> Question:
     Raises:
         NotRecorded: if the run does not hold what is needed.
     """
-    targets = targets_of(plan.indices, plan.parameters, source.tensors)
+    targets = targets_of(plan.indices, plan.parameters, table_of(plan.layers) if plan.layers else source.tensors)
     if plan.attributes:
         return _displacement(plan, source, targets)
     measure = plan.measure
-    if measure.quantity == "g":
+    if measure.quantity == "g" or plan.layers:
         return _of_visits(plan, source, targets)
     if measure.aggregate in ("net", "path"):
         measure = Measure("sum", "dw", magnitude=measure.aggregate == "path", absolute=measure.aggregate == "net")
@@ -53,7 +55,7 @@ def question(plan: CellPlan, source: Source) -> Question:
         last = rows.iloc[-1:].assign(step=source.steps) if len(rows) else rows
         rows = pd.concat([rows, last], ignore_index=True)
     if measure.quantity == "grad":
-        rows, note = _captured(rows, source)
+        rows, note = captured_of(rows, source)
     else:
         note = ""
     members = members_of(rows, tuple(kind for kind in plan.visits if kind in OF_STEPS))
@@ -69,8 +71,8 @@ def _of_visits(plan: CellPlan, source: Source, targets: Targets) -> Question:
             f"{source.name} holds no classes of these visits: they are the targets of classification losses, and runs "
             "of an older nbdyn have none. Group by sample, or record again."
         )
-    visits, note = _captured(visits, source)
-    scale, unscaled = _scales(visits["step"].to_numpy(), source)
+    visits, note = captured_of(visits, source)
+    scale, unscaled = scales_of(visits["step"].to_numpy(), source, plan.measure.quantity)
     kinds = tuple(kind for kind in plan.visits if kind not in ("token", "position"))
     tokens = {"token", "position"} & set(plan.visits)
     members = members_of(visits, ("sample",) if "token" in tokens else kinds, where=plan.where,
@@ -78,10 +80,12 @@ def _of_visits(plan: CellPlan, source: Source, targets: Targets) -> Question:
     if tokens:
         members = _by_token(members, plan, source)
     notes = (*members.notes, *filter(None, (note, unscaled)))
-    return Question(Cells(source.store, plan.measure, threshold=_threshold(plan, source)), members, targets, notes)
+    pieces = unit_pieces(source.store, plan.layers, plan.measure) if plan.layers else None
+    cells = Cells(source.store, plan.measure, pieces, threshold=_threshold(plan, source), of_units=bool(plan.layers))
+    return Question(cells, members, targets, notes)
 
 
-def _captured(rows: pd.DataFrame, source: Source) -> tuple[pd.DataFrame, str]:
+def captured_of(rows: pd.DataFrame, source: Source) -> tuple[pd.DataFrame, str]:
     """The rows of captured steps, and a note about the others."""
     steps = rows["step"].to_numpy()
     captured = np.isin(steps, source.store.factors.steps)
@@ -96,11 +100,17 @@ def _captured(rows: pd.DataFrame, source: Source) -> tuple[pd.DataFrame, str]:
     return rows.loc[captured].reset_index(drop=True), f"{left} of {total} steps left out: not captured by sample"
 
 
-def _scales(steps: Array, source: Source) -> tuple[Array | None, str]:
-    """What contributions are multiplied by to be the samples' own gradients, (V,), or a note that it is unknown."""
+def scales_of(steps: Array, source: Source, quantity: str = "g") -> tuple[Array | None, str]:
+    """What contributions are multiplied by to be the samples' own gradients, (V,), or a note that it is unknown.
+
+    Nothing (None) for act, which no loss scales.
+    """
+    if quantity == "act":
+        return None, ""
     scale = source.store.read_steps(0, source.steps, ("scale",))["scale"][steps]
     if np.isnan(scale).any():
-        return None, "g is the contribution to the batch gradient: the scale of the loss is unknown"
+        what = {"g": "g is the contribution to the batch gradient", "err": "err is of the batch's loss"}[quantity]
+        return None, f"{what}: the scale of the loss is unknown"
     return scale, ""
 
 
@@ -140,7 +150,7 @@ def _displacement(plan: CellPlan, source: Source, targets: Targets) -> Question:
     one = len(groups) == 1 and store.config["optimizer"]["name"] == "SGD"
     found = coefficients(store, plan.indices[:1] if one else plan.indices, plan.start, plan.stop)
     start, stop = int(found.steps[0]), int(found.steps[-1]) + 1
-    visits, note = _captured(source.read("visits", start, stop), source)
+    visits, note = captured_of(source.read("visits", start, stop), source)
     steps = visits["step"].to_numpy()
     at = np.minimum(np.searchsorted(found.steps, steps), len(found.steps) - 1)
     known = found.steps[at] == steps

@@ -48,6 +48,7 @@ _FUNCTIONS: dict[str, Callable[[Array], Array]] = {
     "abs": np.abs,
     "log2": np.log2,
     "sqrt": np.sqrt,
+    "sign": np.sign,
     "nan": np.isnan,
     "inf": np.isinf,
 }
@@ -132,6 +133,8 @@ def aggregator(columns: Columns, groups: Array, count: int) -> Callable[[Aggrega
                 result = grouped.mean()
             case "sum":
                 result = grouped.sum(min_count=1)
+            case "var":
+                result = grouped.var(ddof=0)
             case name:
                 result = getattr(grouped, name)()
         return np.asarray(result.reindex(range(count)))

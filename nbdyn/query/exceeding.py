@@ -14,8 +14,9 @@ from nbdyn.query.evaluate import Array
 from nbdyn.query.explode import Thresholds, thresholds
 from nbdyn.query.reads import Read
 from nbdyn.query.reduce.matrix import measured
+from nbdyn.query.reduce.measures import condition_of
 from nbdyn.query.source import Source
-from nbdyn.query.tree import Exceeds, Measured, Scope, Selector, Show
+from nbdyn.query.tree import Exceeds, Measure, Measured, Scope, Selector, Show
 from nbdyn.store.index.exponents import above
 from nbdyn.store.index.read import open_index
 
@@ -99,7 +100,7 @@ def _bounds(plan: CellPlan, source: Source) -> tuple[Array, Array]:
     norms = np.where(np.isnan(limits.norms), np.inf, limits.norms)[:, whole] * (1 + 1e-5)
     size = limits.sizes[whole].sum()
     match measure.aggregate:
-        case "share" if measure.condition is not None and measure.condition[0] in (">", ">="):
+        case "share" if condition_of(measure).is_beyond:
             return _share_bounds(plan, source, limits, whole, norms)
         case "max":
             return np.zeros(count), np.sqrt((norms**2).sum(1))
@@ -121,7 +122,7 @@ def _share_bounds(
         most = np.where(limit > 0, np.minimum(sizes, (norms / limit) ** 2), sizes)
     most = np.where(np.isinf(limit) & np.isfinite(norms), 0.0, np.where(np.isnan(most), sizes, most))
     least = np.zeros_like(most)
-    index = None if explodes(measure) else open_index(source.store)
+    index = open_index(source.store) if _has_exponent(measure) else None
     found = None if index is None else index.exponents(plan.start, plan.stop)
     if found is not None:
         counts = found[:, whole]
@@ -130,6 +131,13 @@ def _share_bounds(
         least, most = np.where(known, fewest, least), np.where(known, np.minimum(greatest, most), most)
     total = sizes.sum()
     return np.floor(least.sum(1)) / total, np.maximum(np.floor(most.sum(1) + 1e-9), least.sum(1)) / total
+
+
+def _has_exponent(measure: Measure) -> bool:
+    """Whether the index of exponents tells of a share's threshold: of |x| >= 0 and negative ones it does not."""
+    assert measure.condition is not None
+    operator, threshold = measure.condition
+    return not isinstance(threshold, str) and (threshold > 0 or (threshold == 0 and operator == ">"))
 
 
 def _whole_tensors(plan: CellPlan, source: Source) -> Array | None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MAX_ROWS = 10_000_000
+"""Rows of one result, at most (400 MB of frame)."""
+
 
 @dataclass(frozen=True)
 class Read:

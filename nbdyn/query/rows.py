@@ -13,6 +13,7 @@ import pandas as pd
 from nbdyn.errors import QueryError
 from nbdyn.query.evaluate import Array, aggregator, evaluate, fields, walk
 from nbdyn.query.plan import ShowPlan, WeightsPlan
+from nbdyn.query.reads import MAX_ROWS
 from nbdyn.query.source import Source
 from nbdyn.query.tree import Aggregate
 from nbdyn.store.trajectory import trajectory_chunks
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 32 * 2**20
 """Weights read at once, about."""
-MAX_ROWS = 10_000_000
-"""Rows of one result, at most (400 MB of frame)."""
 
 
 def show(plan: ShowPlan, source: Source) -> tuple[pd.DataFrame, list[str]]:

@@ -65,7 +65,7 @@ class Binary(Node):
 
 @dataclass(frozen=True)
 class Call(Node):
-    """A function of one value: abs, log2, sqrt, nan, inf."""
+    """A function of one value: abs, log2, sqrt, sign, nan, inf."""
 
     function: str
     argument: Expression
@@ -74,7 +74,7 @@ class Call(Node):
 
 @dataclass(frozen=True)
 class Aggregate(Node):
-    """One value from many rows: mean, min, max, sum, count, share, first, last (no argument: count of rows)."""
+    """One value from many rows: mean, min, max, sum, var, count, share, first, last (no argument: count of rows)."""
 
     function: str
     argument: Expression | None

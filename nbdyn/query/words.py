@@ -62,12 +62,31 @@ WEIGHT_FIELDS = {
     "parameter": "global index of the parameter",
     "value": "the weight, or its change",
 }
+GRAD_FIELDS = {
+    "step": "number of the optimizer step",
+    "epoch": "number of the epoch",
+    "parameter": "global index of the parameter",
+    "value": "the gradient of the batch",
+}
+G_FIELDS = VISIT_FIELDS | {
+    "parameter": "global index of the parameter",
+    "value": "the sample's own gradient",
+}
+UNIT_FIELDS = VISIT_FIELDS | {
+    "place": "index in the sequence or map, from 0",
+    "unit": "input unit of act, output unit of err: channels of convolutions",
+    "value": "what the unit got, or the loss's gradient at it",
+}
 FIELDS = {
     "steps": STEP_FIELDS,
     "visits": VISIT_FIELDS,
     "samples": SAMPLE_FIELDS,
     "norms": NORM_FIELDS,
     "weights": WEIGHT_FIELDS,
+    "grad": GRAD_FIELDS,
+    "g": G_FIELDS,
+    "act": UNIT_FIELDS,
+    "err": UNIT_FIELDS,
 }
 """The fields of each table that a statement can read."""
 
@@ -87,6 +106,7 @@ FUNCTIONS = {
     "abs": "absolute value, also |x|",
     "log2": "logarithm to base 2",
     "sqrt": "square root",
+    "sign": "-1, 0 or 1",
     "nan": "whether the value is NaN (a condition)",
     "inf": "whether the value is infinite (a condition)",
 }
@@ -98,6 +118,7 @@ AGGREGATES = {
     "min": "smallest",
     "max": "largest",
     "sum": "sum",
+    "var": "variance of the values, divided by their number (population)",
     "count": "number of rows; of a field: where it is not NaN",
     "share": "share of the rows where the condition holds",
     "first": "first one",
@@ -116,6 +137,9 @@ QUANTITIES = {
 
 ONLY_CELLS = ("g", "act", "err")
 """Quantities of which nothing but cells is recorded: no usual field is called so."""
+
+OF_UNITS = ("act", "err")
+"""Quantities whose cells are those of a layer's units, not of its parameters."""
 
 SAME_QUANTITY = {"delta": "err"}
 """Other words for quantities."""

@@ -153,8 +153,8 @@ def test_percent_is_a_hundredth():
                         "  show loss;\n           ^"),
         ("show loss per layer", "cells are told apart per layer (show sum |g| of all per layer), recorded fields per "
                                 "step, epoch, sample, tensor, class.\n  show loss per layer\n                ^"),
-        ("show median(loss)", 'no function is called "median"; known: abs, log2, sqrt, nan, inf, mean, min, max, sum, '
-                              "count, share, first, last.\n  show median(loss)\n       ^"),
+        ("show median(loss)", 'no function is called "median"; known: abs, log2, sqrt, sign, nan, inf, mean, min, max, '
+                              "sum, var, count, share, first, last.\n  show median(loss)\n       ^"),
         ("show loss during steps 9..3", "this range ends before it begins; write 3..9.\n"
                                         "  show loss during steps 9..3\n                            ^"),
         ("show loss where 1 < loss < 2", "one comparison at a time: write a < b and b < c.\n"

@@ -11,7 +11,7 @@ import numpy as np
 
 from nbdyn.query.evaluate import Array
 from nbdyn.query.reduce.linear import Part, Rows
-from nbdyn.query.reduce.measures import COUNT, EXCEED, LARGEST, MAX_ABS, SUM_ABS, SUM_SQ
+from nbdyn.query.reduce.measures import BEYOND, COUNT, EXCEED, LARGEST, MAX_ABS, SUM_ABS, SUM_SQ, Condition
 from nbdyn.query.reduce.members import PLACES, Members
 from nbdyn.query.reduce.targets import Targets
 
@@ -28,6 +28,7 @@ def reduce_batches(
     operations: tuple[str, ...],
     threshold: Callable[[Array, Array], Array | float],
     out: dict[str, Array],
+    condition: Condition = BEYOND,
 ) -> int:
     """Bring the batch gradients of a part into `out`: operation -> (members, targets); NaN are left out.
 
@@ -40,6 +41,7 @@ def reduce_batches(
         operations: which.
         threshold: as in `general.reduced`.
         out: float64, changed in place.
+        condition: as in `general.reduced`.
 
     Returns:
         How many cells were NaN.
@@ -48,7 +50,7 @@ def reduce_batches(
 
     code = members.code[members.rows_of(steps, 0)]
     order = np.argsort(code, kind="stable")
-    missing, sums = 0, _Sums(part, targets, operations, rows.is_finite)
+    missing, sums = 0, _Sums(part, targets, operations, rows.is_finite, condition)
     grad = torch.empty(part.weight.shape, dtype=torch.float32)
     for place, number in enumerate(order.tolist()):
         some = slice(int(rows.starts[number]), int(rows.starts[number + 1]))
@@ -67,8 +69,10 @@ def reduce_batches(
 class _Sums:
     """What some steps add up to, in float32."""
 
-    def __init__(self, part: Part, targets: Targets, operations: tuple[str, ...], is_finite: bool) -> None:
-        self._is_finite = is_finite
+    def __init__(
+        self, part: Part, targets: Targets, operations: tuple[str, ...], is_finite: bool, condition: Condition
+    ) -> None:
+        self._is_finite, self._condition = is_finite, condition
         self._part, self._targets, self._operations = part, targets, operations
         self._pieces = [where for where in (part.weight, part.bias) if where.size]
         by_weight = targets.kind == "weight"
@@ -89,8 +93,7 @@ class _Sums:
                 self._take(name, number, cells)
         return missing
 
-    @staticmethod
-    def _of_cells(name: str, x: Any, limits: Any, where: Array) -> Any:
+    def _of_cells(self, name: str, x: Any, limits: Any, where: Array) -> Any:
         import torch
 
         if name in (SUM_ABS, MAX_ABS):
@@ -102,7 +105,7 @@ class _Sums:
         if name == EXCEED:
             bound = np.broadcast_to(np.asarray(limits), (1, max(np.shape(limits)[-1:], default=1)))[0]
             bound = bound[where] if len(bound) > 1 else bound[0]
-            return (~(x.abs() <= torch.as_tensor(bound, dtype=x.dtype))).float()
+            return self._condition.holds(x, torch.as_tensor(bound, dtype=x.dtype)).float()
         return x
 
     def _take(self, name: str, number: int, cells: Any) -> None:

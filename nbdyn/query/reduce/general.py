@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from nbdyn.query.evaluate import Array
-from nbdyn.query.reduce.measures import LARGEST, of_cells
+from nbdyn.query.reduce.measures import BEYOND, CELLS, EXCEED, LARGEST, Condition, of_cells
 from nbdyn.query.reduce.members import PLACES, Members
 from nbdyn.query.reduce.targets import Targets
 from nbdyn.store import Store
@@ -57,6 +57,7 @@ def reduced(
     targets: Targets,
     operations: tuple[str, ...],
     threshold: Callable[[Array, Array], Array | float],
+    condition: Condition = BEYOND,
 ) -> tuple[dict[str, Array], int]:
     """Each operation over the cells of every member and target, (members, targets) float64; NaN are left out.
 
@@ -64,8 +65,9 @@ def reduced(
         pieces: the cells.
         members: of the rows.
         targets: of the parameters.
-        operations: which; EXCEED counts NaN, as an exploded value is one.
+        operations: which; of EXCEED the condition says whether NaN counts.
         threshold: keys of rows and parameters -> what EXCEED compares with, to be broadcast over (rows, parameters).
+        condition: of EXCEED.
 
     Returns:
         The values, and how many cells were NaN.
@@ -81,8 +83,8 @@ def reduced(
         nan = np.isnan(cells)
         missing += int(nan.sum())
         for name in operations:
-            values = of_cells(name, cells, threshold(key[there], indices))
-            if missing and name != "exceed":
+            values = of_cells(name, cells, threshold(key[there], indices), condition)
+            if missing and name != EXCEED and (name != CELLS or EXCEED not in operations):
                 values = np.where(nan, -np.inf if name in LARGEST else 0.0, values)
             _fold(out[name], _by_target(values, target, name), _distinct(target), code, name)
     return out, missing

@@ -13,7 +13,7 @@ from nbdyn.query.evaluate import Array
 from nbdyn.query.reduce import general, linear
 from nbdyn.query.reduce.batches import reduce_batches
 from nbdyn.query.reduce.general import Piece
-from nbdyn.query.reduce.measures import EXCEED, LARGEST, MAX, MAX_ABS, finished, operations
+from nbdyn.query.reduce.measures import CELLS, EXCEED, LARGEST, MAX, MAX_ABS, condition_of, finished, operations
 from nbdyn.query.reduce.members import PLACES, Members, members_of
 from nbdyn.query.reduce.targets import Targets
 from nbdyn.query.tree import Measure
@@ -33,6 +33,7 @@ class Cells:
         pieces: parameters and members -> cells of a quantity that has one value a step; None for those of visits.
         is_grad: whether they are those of batch gradients.
         threshold: of `share`; see `general.reduced`.
+        of_units: whether they are those of units, of which a visit may have any number: they are counted when read.
         notes: filled while cells are read.
     """
 
@@ -41,6 +42,7 @@ class Cells:
     pieces: Callable[[Array, Members], Iterator[Piece]] | None = None
     is_grad: bool = False
     threshold: Callable[[Array, Array], Array | float] = lambda keys, indices: 0.0
+    of_units: bool = False
     notes: list[str] = field(default_factory=list)
 
 
@@ -50,7 +52,7 @@ def measured(cells: Cells, members: Members, targets: Targets, dtype: type = np.
     Cost: one product a member and layer where `linear.divided` finds layers with one position a visit, otherwise the
     time that all cells take. Memory: two or three such matrices, and factors up to `nbdyn.options.cache`.
     """
-    names = operations(cells.measure)
+    names = (*operations(cells.measure), *([CELLS] if cells.of_units else []))
     shape = members.count, targets.count
     out = {name: np.full(shape, -np.inf if name in LARGEST else 0.0, dtype) for name in names}
     rest = np.arange(len(targets.indices))
@@ -63,6 +65,8 @@ def measured(cells: Cells, members: Members, targets: Targets, dtype: type = np.
         rest = without(rest, _of_batches(cells, members, targets, names, out))
     if len(rest) and members.count:
         _of_rest(cells, members, targets, rest, names, out)
+    if cells.of_units:
+        return np.where(out[CELLS] > 0, finished(cells.measure, out, lambda: out[CELLS]), np.nan)
     return finished(cells.measure, out, lambda: counted(members, targets))
 
 
@@ -114,11 +118,21 @@ def _of_batches(
             if part.weight.size == 0:
                 continue
             rows = linear.Rows(store, part, batches)
-            missing = reduce_batches(part, rows, steps, members, targets, names, cells.threshold, out)
-            if missing:
-                cells.notes.append(f"{missing:,} cells are NaN and left out")
+            missing = reduce_batches(part, rows, steps, members, targets, names, cells.threshold, out,
+                                     condition_of(cells.measure))  # fmt: skip
+            cells.notes += _of_missing(missing, cells.measure)
             taken += [part.weight.reshape(-1), part.bias]
     return np.concatenate(taken)
+
+
+def _of_missing(cells: int, measure: Measure) -> list[str]:
+    """What is said of cells that are NaN."""
+    if not cells:
+        return []
+    if measure.condition is None:
+        return [f"{cells:,} cells are NaN and left out"]
+    does = "are beyond the threshold" if condition_of(measure).is_beyond else "do not fulfil the condition"
+    return [f"{cells:,} cells are NaN: they {does}"]
 
 
 def _same_along_inputs(code: Array) -> bool:
@@ -130,9 +144,9 @@ def _of_part(
 ) -> None:
     for name in names:
         if targets.kind == "weight":
-            linear.of_weights(rows, part, name, out[name], double=len(names) > 1)
+            linear.of_weights(rows, part, name, out[name])
         else:
-            linear.of_targets(rows, part, name, targets.code, out[name], double=len(names) > 1)
+            linear.of_targets(rows, part, name, targets.code, out[name])
 
 
 def _of_rest(
@@ -143,8 +157,7 @@ def _of_rest(
         pieces = general.visit_pieces(cells.store, indices, members)
     else:
         pieces = cells.pieces(indices, members)
-    found, missing = general.reduced(pieces, members, targets, names, cells.threshold)
-    if missing:
-        cells.notes.append(f"{missing:,} cells are NaN and left out")
+    found, missing = general.reduced(pieces, members, targets, names, cells.threshold, condition_of(cells.measure))
+    cells.notes += _of_missing(missing, cells.measure)
     for name in names:
         (np.maximum if name in LARGEST else np.add)(out[name], found[name], out=out[name])
