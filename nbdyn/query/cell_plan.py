@@ -11,11 +11,13 @@ import numpy as np
 
 from nbdyn.errors import NotRecorded
 from nbdyn.query.evaluate import Array
+from nbdyn.query.layers import Layer, layers_of, read_sites
 from nbdyn.query.reads import Read
 from nbdyn.query.reduce import linear
 from nbdyn.query.reduce.measures import EXCEED, operations
 from nbdyn.query.source import Source
 from nbdyn.query.tree import Expression, Group, Measure, Measured, Selector, Show, Top
+from nbdyn.query.words import OF_UNITS
 from nbdyn.store.index.read import Index, open_index
 from nbdyn.store.names import ascending
 
@@ -40,7 +42,7 @@ class CellPlan:
         measure: what is made of the cells.
         visits: words of OF_VISITS by which visits are told apart, in the order of the result's columns.
         parameters: word of OF_PARAMETERS by which parameters are, "" for none.
-        indices: global parameter indices, (k,) ascending.
+        indices: global parameter indices, (k,) ascending; of act and err numbers of units.
         where: a bound condition on visits.
         start, stop: steps, half-open.
         index: the run's index, where it answers the question; its field.
@@ -48,6 +50,7 @@ class CellPlan:
         reads: what is read.
         columns: of the result.
         notes: what is to be known.
+        layers: of act and err: whose units these are.
         exact: whether a statement with `approximately` is answered exactly, because that costs less.
     """
 
@@ -64,6 +67,7 @@ class CellPlan:
     reads: tuple[Read, ...]
     columns: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    layers: tuple[Layer, ...] = ()
     exact: bool = False
 
     @property
@@ -83,14 +87,20 @@ def plan_cells(statement: Top | Group | Show, source: Source) -> CellPlan:
     visits = tuple(kind for kind in kinds if kind in OF_VISITS)
     within = tuple(kind for kind in kinds if kind in OF_PARAMETERS)
     _check(statement, measure, visits, within, source)
-    indices = ascending(source.select(selector or Selector("all")).indices)
+    layers, without = (), ""
+    if measure.quantity in OF_UNITS:
+        layers, without = layers_of(measure.quantity, selector or Selector("all"), source)
+        indices = np.arange(sum(layer.units for layer in layers))
+    else:
+        indices = ascending(source.select(selector or Selector("all")).indices)
     if (not isinstance(statement, Show) and selector is None) or (selector is not None and selector.text == "all"):
-        indices = _recorded(indices, measure, source)
+        indices = with_factors(indices, measure.quantity, source)
     start, stop, note = source.range(statement.scope)
     where = None if statement.where is None else source.bind(statement.where, "visits", condition=True)
     finest = min(within, key=OF_PARAMETERS.index, default="")
     plan = CellPlan(statement, measure, visits, finest, indices, where, start, stop, None, "", (),
-                    _columns(statement, measure, visits, within), (note,) if note else ())  # fmt: skip
+                    _columns(statement, measure, visits, within), tuple(filter(None, (note, without))),
+                    layers)  # fmt: skip
     plan = _with_index(plan, source)
     return replace(plan, reads=_reads(plan, source))
 
@@ -112,9 +122,8 @@ def _check(
     statement: Top | Group | Show, measure: Measure, visits: tuple[str, ...], within: tuple[str, ...], source: Source
 ) -> None:
     position = measure.position
-    if measure.quantity in ("act", "err"):
-        if "weight" in within:
-            raise source.error(f"{measure.quantity} has one value a unit, not a weight: ask for units.", position)
+    if measure.quantity in OF_UNITS:
+        _check_units(measure, visits, within, source)
         return
     tokens = {"token", "position"} & set(visits)
     if tokens and (len(visits) > 1 or measure.quantity != "g"):
@@ -132,9 +141,28 @@ def _check(
         raise source.error(f"where speaks of visits, and {measure.quantity} belongs to whole batches.", position)
 
 
-def _recorded(indices: Array, measure: Measure, source: Source) -> Array:
-    """Of all parameters those of which the run has samples' gradients, where these are asked for."""
-    if measure.quantity in ("w", "act", "err"):
+def _check_units(measure: Measure, visits: tuple[str, ...], within: tuple[str, ...], source: Source) -> None:
+    quantity, position = measure.quantity, measure.position
+    for kind in ("weight", "tensor"):
+        if kind in within:
+            message = f"{quantity} has one value a unit of a layer, not a {kind}: ask for units or layers."
+            raise source.error(message, position)
+    for kind in ("token", "position"):
+        if kind in visits:
+            message = f"{kind}s are of g; the places of {quantity} come one by one: show {quantity} of fc1."
+            raise source.error(message, position)
+    if explodes(measure):
+        message = f"explode is a threshold of gradients; compare {quantity} with a number: share(|{quantity}| > 1e-3)."
+        raise source.error(message, position)
+
+
+def with_factors(indices: Array, quantity: str, source: Source) -> Array:
+    """Of all parameters those of which the run has samples' gradients, where these are asked for.
+
+    Raises:
+        NotRecorded: if there are none.
+    """
+    if quantity in ("w", "act", "err"):
         return indices
     factors = source.store.factors
     held = np.zeros(source.parameters, dtype=bool)
@@ -146,7 +174,7 @@ def _recorded(indices: Array, measure: Measure, source: Source) -> Array:
             held[tensor["first"] : tensor["first"] + tensor["size"]] = False
     if not held.any():
         raise NotRecorded(
-            f"{source.name} holds no per-sample gradients, from which {measure.quantity} is had; record with "
+            f"{source.name} holds no per-sample gradients, from which {quantity} is had; record with "
             "nbdyn.record(path, model, optimizer, loss_fn)."
         )
     return indices[held[indices]]
@@ -230,6 +258,9 @@ def _reads(plan: CellPlan, source: Source) -> tuple[Read, ...]:
                  18 * visits, "stored", 0.01 + visits * 5e-7)  # fmt: skip
     if plan.measure.quantity in ("w", "dw") and not plan.attributes:
         return (_weights_read(plan, source),)
+    if plan.layers:
+        sites = [number for layer in plan.layers for number in layer.sites]
+        return (table, *read_sites(sites, source, plan.start, plan.stop))
     return (table, *_factor_reads(plan, source, visits))
 
 

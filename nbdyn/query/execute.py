@@ -13,6 +13,7 @@ import pandas as pd
 from nbdyn.errors import NbdynError, QueryError, UnknownName
 from nbdyn.query.approximate import run_approximately
 from nbdyn.query.cell_plan import CellPlan
+from nbdyn.query.cell_rows import CellRowsPlan
 from nbdyn.query.comparison import compare
 from nbdyn.query.events import find_condition
 from nbdyn.query.history import last
@@ -23,6 +24,7 @@ from nbdyn.query.ranked_fields import run_rank
 from nbdyn.query.rows import show, show_weights
 from nbdyn.query.runs import open_run
 from nbdyn.query.saved import unfold
+from nbdyn.query.show_cells import show_cells
 from nbdyn.query.source import Names, Source
 from nbdyn.query.tokens import caret
 from nbdyn.query.tree import Estimate, Explain, From, Last, Named, Plain, RunName, Statement
@@ -139,6 +141,8 @@ def _run(plan: Plan, source: Source) -> tuple[pd.DataFrame, list[str]]:
             return show(plan, source)
         case WeightsPlan():
             return show_weights(plan, source)
+        case CellRowsPlan():
+            return show_cells(plan, source)
         case LastPlan():
             return last(plan, source)
         case ComparePlan():

@@ -13,6 +13,7 @@ import numpy as np
 from nbdyn.errors import NotRecorded
 from nbdyn.query.approximate_plan import approximated
 from nbdyn.query.cell_plan import CellPlan, plan_cells
+from nbdyn.query.cell_rows import CellRowsPlan, plan_cell_rows
 from nbdyn.query.evaluate import fields, has_aggregate, with_means
 from nbdyn.query.exceeding import plan_exceeds
 from nbdyn.query.reads import Read
@@ -129,7 +130,7 @@ class RankPlan:
         return self.values.stop
 
 
-Plan = ShowPlan | WeightsPlan | LastPlan | ComparePlan | CellPlan | RankPlan
+Plan = ShowPlan | WeightsPlan | CellRowsPlan | LastPlan | ComparePlan | CellPlan | RankPlan
 
 
 def make_plan(
@@ -183,9 +184,10 @@ def _asks_weights(statement: Show, source: Source) -> bool:
     for item in statement.items:
         if isinstance(item, Weights):
             if len(statement.items) > 1 or statement.per:
-                position = item.selector.position
-                raise source.error("weights come as a frame of their own (one row a step and parameter): "
-                                   "ask for them alone, without per.", position)  # fmt: skip
+                what = "weights" if item.quantity in ("w", "dw") else "cells"
+                each = "a step and parameter" if what == "weights" else "a cell"
+                raise source.error(f"{what} come as a frame of their own (one row {each}): "
+                                   "ask for them alone, without per.", item.selector.position)  # fmt: skip
             return True
         if isinstance(item, Table) and (len(statement.items) > 1 or statement.per):
             message = f'"{item.name}" is a whole table: ask for it alone, or for fields: show mean(loss) per sample.'
@@ -193,9 +195,11 @@ def _asks_weights(statement: Show, source: Source) -> bool:
     return False
 
 
-def _plan_weights(statement: Show, source: Source) -> WeightsPlan:
+def _plan_weights(statement: Show, source: Source) -> WeightsPlan | CellRowsPlan:
     item = statement.items[0]
     assert isinstance(item, Weights)
+    if item.quantity not in ("w", "dw"):
+        return plan_cell_rows(statement, source)
     selection = source.select(item.selector)
     changes = item.quantity == "dw"
     if changes:

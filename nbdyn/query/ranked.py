@@ -14,13 +14,16 @@ from nbdyn.errors import QueryError
 from nbdyn.query.cell_plan import OF_VISITS, CellPlan
 from nbdyn.query.cell_sources import Question, question
 from nbdyn.query.evaluate import Array
+from nbdyn.query.reads import MAX_ROWS
 from nbdyn.query.reduce.matrix import measured
 from nbdyn.query.reduce.members import COLUMN
 from nbdyn.query.reduce.ranking import Ranking, largest, top_members, top_targets
 from nbdyn.query.reduce.targets import Targets, targets_of
-from nbdyn.query.rows import MAX_ROWS
 from nbdyn.query.source import Source
 from nbdyn.query.tree import Group, Top
+
+UNITS_AT_ONCE = 10_000_000
+"""Values of units that are made in one pass over the factors; more are made a few members or units at a time."""
 
 
 def run_cells(plan: CellPlan, source: Source) -> tuple[pd.DataFrame, list[str]]:
@@ -35,7 +38,9 @@ def run_cells(plan: CellPlan, source: Source) -> tuple[pd.DataFrame, list[str]]:
             f"from the index, rounded to {plan.index.relative_error:.0e}"
         ]
     asked = question(plan, source)
-    if isinstance(plan.statement, Top) and _lists_are_apart(plan):
+    # Cells of units are read whole for any question: all at once, where there is room.
+    at_once = bool(plan.layers) and asked.members.count * asked.targets.count <= UNITS_AT_ONCE
+    if isinstance(plan.statement, Top) and _lists_are_apart(plan) and not at_once:
         frame = _ranked(plan, plan.statement, asked)
     else:
         frame = _finish(plan, _matrix(asked), asked.members.labels, asked.targets)
