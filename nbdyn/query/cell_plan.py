@@ -94,8 +94,12 @@ def plan_cells(statement: Top | Group | Show, source: Source) -> CellPlan:
     else:
         indices = ascending(source.select(selector or Selector("all")).indices)
     if (not isinstance(statement, Show) and selector is None) or (selector is not None and selector.text == "all"):
+        every = len(indices)
         indices = with_factors(indices, measure.quantity, source)
-    start, stop, note = source.range(statement.scope)
+        if len(indices) < every:
+            without = f"{every - len(indices):,} parameters left out: of them no samples' gradients are recorded"
+    rows = source.steps + (measure.quantity == "w")  # the final weights follow the last step
+    start, stop, note = source.range(statement.scope, rows=rows)
     where = None if statement.where is None else source.bind(statement.where, "visits", condition=True)
     finest = min(within, key=OF_PARAMETERS.index, default="")
     plan = CellPlan(statement, measure, visits, finest, indices, where, start, stop, None, "", (),
@@ -128,6 +132,8 @@ def _check(
     tokens = {"token", "position"} & set(visits)
     if tokens and (len(visits) > 1 or measure.quantity != "g"):
         raise source.error(f"{tokens.pop()}s stand alone, and are of g.", position)
+    if tokens and measure.aggregate in ("mean", "var", "share"):
+        raise source.error(f"{tokens.pop()}s are ranked by sum, norm, max or count of g.", position)
     if measure.aggregate in ("net", "path"):
         return
     alone = [kind for kind in visits if kind not in OF_STEPS]
@@ -162,7 +168,8 @@ def with_factors(indices: Array, quantity: str, source: Source) -> Array:
     Raises:
         NotRecorded: if there are none.
     """
-    if quantity in ("w", "act", "err"):
+    stored = len(source.store.weights.steps) == source.steps + 1
+    if quantity in ("w", "act", "err") or (quantity == "dw" and stored):
         return indices
     factors = source.store.factors
     held = np.zeros(source.parameters, dtype=bool)

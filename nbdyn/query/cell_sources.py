@@ -14,6 +14,7 @@ from nbdyn.query.cell_plan import OF_STEPS, CellPlan, explodes
 from nbdyn.query.evaluate import Array
 from nbdyn.query.explode import thresholds
 from nbdyn.query.layers import table_of
+from nbdyn.query.reduce.linear import divided
 from nbdyn.query.reduce.matrix import Cells
 from nbdyn.query.reduce.members import PLACES, Members, members_of
 from nbdyn.query.reduce.steps import pieces_of
@@ -86,9 +87,12 @@ def _of_visits(plan: CellPlan, source: Source, targets: Targets) -> Question:
 
 
 def captured_of(rows: pd.DataFrame, source: Source) -> tuple[pd.DataFrame, str]:
-    """The rows of captured steps, and a note about the others."""
+    """The rows of captured steps, of visits those of captured samples, and a note about the others."""
     steps = rows["step"].to_numpy()
     captured = np.isin(steps, source.store.factors.steps)
+    fraction = (source.store.config.get("per_sample") or {}).get("fraction", 1.0)
+    if fraction < 1.0 and captured.any():
+        return _of_fraction(rows.loc[captured], fraction, source)
     if captured.all():
         return rows, ""
     if not captured.any():
@@ -98,6 +102,23 @@ def captured_of(rows: pd.DataFrame, source: Source) -> tuple[pd.DataFrame, str]:
         )
     left, total = len(np.unique(steps[~captured])), len(np.unique(steps))
     return rows.loc[captured].reset_index(drop=True), f"{left} of {total} steps left out: not captured by sample"
+
+
+def _of_fraction(rows: pd.DataFrame, fraction: float, source: Source) -> tuple[pd.DataFrame, str]:
+    """The visits of the samples that were captured, where a share of them was."""
+    held = f"per-sample gradients of a share of {fraction} of the samples only (fraction=)"
+    if "position" not in rows:
+        raise NotRecorded(
+            f"the gradient of a batch comes from all of its samples, and {source.name} holds {held}; ask for what "
+            "those samples did: by sum |g|."
+        )
+    factors, steps = source.store.factors, rows["step"].to_numpy().astype(np.int64)
+    start, stop = int(steps[0]), int(steps[-1]) + 1
+    visits = [factors.visits(site, start, stop) for site in range(len(factors.sites))]
+    keys = np.concatenate([step * PLACES + position for step, position in visits])
+    captured = np.isin(steps * PLACES + rows["position"].to_numpy(), keys)
+    note = f"{int((~captured).sum())} visits left out: {source.name} holds {held}"
+    return rows.loc[captured].reset_index(drop=True), note
 
 
 def scales_of(steps: Array, source: Source, quantity: str = "g") -> tuple[Array | None, str]:
@@ -117,9 +138,17 @@ def scales_of(steps: Array, source: Source, quantity: str = "g") -> tuple[Array 
 def _by_token(members: Members, plan: CellPlan, source: Source) -> Members:
     """Members of single positions of sequences."""
     factors = source.store.factors
+    parts, rest = divided(source.store, plan.indices, plan.start, plan.stop, tokens=True)
+    if len(rest):
+        every = divided(source.store, np.arange(source.parameters), plan.start, plan.stop, tokens=True)[0]
+        have = ", ".join(factors.sites[part.site].name for part in every) or "none"
+        raise NotRecorded(
+            "positions are told apart in linear layers that are stored in factors and called once a batch; of "
+            f"{source.name} these are: {have}. Name one: top 5 tokens of fc1 by sum |g|."
+        )
     lengths = [
         factors.calls_of(number, plan.start, plan.stop)[:, LENGTH].max(initial=0)
-        for number in factors.sites_of(plan.indices)
+        for number in (part.site for part in parts)
     ]
     length = int(max(lengths, default=0))
     kind = "token" if "token" in plan.visits else "position"
@@ -148,7 +177,13 @@ def _displacement(plan: CellPlan, source: Source, targets: Targets) -> Question:
     """The displacement of weights, divided among visits by what each step's gradient did to it."""
     store, groups = source.store, store_groups(source)
     one = len(groups) == 1 and store.config["optimizer"]["name"] == "SGD"
-    found = coefficients(store, plan.indices[:1] if one else plan.indices, plan.start, plan.stop)
+    # Under SGD the weights of a tensor share their coefficients; tensors do unless some had no gradient at a step.
+    firsts = np.array([t["first"] for t in source.tensors], dtype=np.int64)
+    owners = np.searchsorted(firsts, plan.indices, side="right")
+    some = plan.indices[np.flatnonzero(np.diff(owners, prepend=-1))] if one else plan.indices
+    found = coefficients(store, some, plan.start, plan.stop)
+    if found.coefficients.ndim == 2 and len(some) < len(plan.indices):
+        found = coefficients(store, plan.indices, plan.start, plan.stop)
     start, stop = int(found.steps[0]), int(found.steps[-1]) + 1
     visits, note = captured_of(source.read("visits", start, stop), source)
     steps = visits["step"].to_numpy()
@@ -157,7 +192,7 @@ def _displacement(plan: CellPlan, source: Source, targets: Targets) -> Question:
     scale = np.where(known, found.coefficients[at], 0.0) if found.coefficients.ndim == 1 else None
     members = members_of(visits, plan.visits, where=plan.where, columns=source.columns(visits), scale=scale)
     measure = Measure("sum", "g", magnitude=plan.measure.aggregate == "path", absolute=plan.measure.aggregate == "net")
-    pieces = None if scale is not None else _weighted(source, found)
+    pieces = None if scale is not None else _weighted(source, found, plan.indices)
     notes = [*members.notes, f"attribution: {found.kind}"]
     notes += [note] if note else []
     if len(found.moved) == len(plan.indices) and len(found.moved) == 1:
@@ -170,15 +205,14 @@ def store_groups(source: Source) -> list[list[str]]:
     return source.store.config["optimizer"]["order"]
 
 
-def _weighted(source: Source, found: Attribution):
-    """Cells of visits, each times the coefficient of its step and parameter."""
+def _weighted(source: Source, found: Attribution, parameters: Array):
+    """Cells of visits, each times the coefficient of its step and parameter; the columns are of `parameters`."""
     from nbdyn.query.reduce.general import visit_pieces
 
     def pieces(indices: Array, members: Members):
-        every = np.sort(indices)
         for key, some, values in visit_pieces(source.store, indices, members):
             row = np.searchsorted(found.steps, key // PLACES)
-            column = np.searchsorted(every, some)
+            column = np.searchsorted(parameters, some)
             yield key, some, values * found.coefficients[np.ix_(row, column)]
 
     return pieces

@@ -62,7 +62,7 @@ def plan_exceeds(event: Exceeds, scope: Scope, source: Source) -> ExceedsPlan:
         NotRecorded: if its cells are not recorded.
     """
     selector = event.selector or Selector("all")
-    start, stop, _ = source.range(scope)
+    start, stop, _ = source.range(scope, rows=source.steps + (event.measure.quantity == "w"))
     # The step before the scope tells whether its first one is a rising edge.
     wider = Scope("steps", max(0, start - 1), stop - 1, scope.position)
     plan = plan_cells(Show((Measured(event.measure, selector),), ("step",), wider), source)
@@ -120,7 +120,7 @@ def _share_bounds(
     limit = limits.limits[:, whole] if explodes(measure) else np.full(norms.shape, float(measure.condition[1]))
     with np.errstate(all="ignore"):
         most = np.where(limit > 0, np.minimum(sizes, (norms / limit) ** 2), sizes)
-    most = np.where(np.isinf(limit) & np.isfinite(norms), 0.0, np.where(np.isnan(most), sizes, most))
+    most = np.where(np.isnan(most), sizes, most)
     least = np.zeros_like(most)
     index = open_index(source.store) if _has_exponent(measure) else None
     found = None if index is None else index.exponents(plan.start, plan.stop)

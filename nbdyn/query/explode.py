@@ -17,14 +17,17 @@ TIMES, WINDOW, LEAST = 10.0, 100, 10
 """A gradient explodes at TIMES the layer's root-mean-square gradient, as the median over the last WINDOW steps, of
 which there must be LEAST. The median of |grad| itself would not do: ReLU makes most gradients 0."""
 
+NEVER = float(np.finfo(np.float32).max)
+"""No finite gradient is larger; an infinite one is."""
+
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Of each step start <= t < stop and tensor.
+    """Of each step start <= t < stop and tensor; Inf and NaN are beyond any of them.
 
     Attributes:
         start: first step.
-        limits: (steps, tensors): infinite where fewer than LEAST steps came before.
+        limits: (steps, tensors): NEVER where fewer than LEAST steps came before.
         norms: (steps, tensors) Euclidean norm of the tensor's gradient as backward left it; NaN where not recorded.
         firsts, sizes: (tensors,) of the parameters.
     """
@@ -53,8 +56,8 @@ def thresholds(source: Source, start: int, stop: int) -> Thresholds:
     square = np.where(np.isnan(norms), np.inf, norms) ** 2
     rms = np.stack([np.sqrt(square[:, layer == k].sum(1) / sizes[layer == k].sum()) for k in range(layer.max() + 1)], 1)
     median = pd.DataFrame(rms).replace(np.inf, np.finfo(float).max).rolling(WINDOW, min_periods=LEAST).median()
-    limits = np.full_like(rms, np.inf)
-    limits[1:] = np.where(np.isnan(median.to_numpy()[:-1]), np.inf, TIMES * median.to_numpy()[:-1])
+    limits = np.full_like(rms, NEVER)
+    limits[1:] = TIMES * median.fillna(NEVER).clip(upper=NEVER / TIMES).to_numpy()[:-1]
     firsts = np.array([t["first"] for t in source.tensors], dtype=np.int64)
     return Thresholds(start, limits[start:stop][:, layer], norms[start:stop], firsts, sizes)
 

@@ -324,7 +324,7 @@ def _plan_last(statement: Last, source: Source) -> LastPlan:
     visits = Read(source.name, "visits", tuple(_BYTES), 0, source.steps, statement.count,
                   statement.count * sum(_BYTES.values()), "stored; these rows for each event")  # fmt: skip
     if isinstance(event, Exceeds):
-        start, stop, note = source.range(statement.scope)
+        start, stop, note = source.range(statement.scope, rows=source.steps + (event.measure.quantity == "w"))
         exceeds = plan_exceeds(event, statement.scope, source)
         return LastPlan(
             statement, None, None, start, stop, (*exceeds.reads, visits), EVENT_COLUMNS, _notes(note), exceeds

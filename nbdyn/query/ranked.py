@@ -151,7 +151,7 @@ def _finish(plan: CellPlan, values: Array, members: pd.DataFrame, targets: Targe
         columns["rank"] = np.concatenate([np.arange(1, 1 + len(some)) for some in best]) if best else chosen
         columns |= {name: table[name].to_numpy()[code[chosen]] for name in table.columns}
     else:
-        chosen = np.flatnonzero(~np.isneginf(flat))
+        chosen = np.arange(len(flat))
     columns |= labels_of(members, targets, member[chosen], target[chosen])
     columns[measure] = flat[chosen]
     if isinstance(statement, Group):

@@ -188,6 +188,17 @@ class Factors:
                         block.tensors = expand(known, block.tensors, columns)
                     yield block
 
+    def visits(self, site: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Step and position of each captured visit of a site at steps start <= t < stop, call by call, (n,) each.
+
+        Raises:
+            CorruptRun: if the run is damaged.
+        """
+        fetch = Fetch(self._store, self._calls(), site, {})
+        found = [self._visits(fetch, span, None) for span in self._spans(site, start, stop)]
+        none = [np.empty(0, np.int64)]
+        return np.concatenate(none + [v.step for v in found]), np.concatenate(none + [v.position for v in found])
+
     def _settled(self, fetch: Fetch, read: Callable[[], T]) -> T:
         """What `read` gives, once no compaction takes a segment away from under it. Calls keep their places."""
         while True:

@@ -77,12 +77,14 @@ class _Sums:
         self._pieces = [where for where in (part.weight, part.bias) if where.size]
         by_weight = targets.kind == "weight"
         self._codes = [None if by_weight else _codes(targets.code[where]) for where in self._pieces]
+        self._double = len(operations) > 1  # a variance is the difference of two sums
         self._held: dict[tuple[str, int], Any] = {}
 
     def add(self, grad: Any, bias: Any, limits: Any) -> int:
         """Take the gradient of one step: the block of the weight, then the biases."""
         missing = 0
         values = [x for x, where in ((grad, self._part.weight), (bias, self._part.bias)) if where.size]
+        values = [x.double() for x in values] if self._double else values
         for number, x in enumerate(values):
             nan = None if self._is_finite else x.isnan()
             missing += 0 if nan is None else int(nan.sum())
@@ -116,7 +118,7 @@ class _Sums:
             rows, places, count = codes
             along = cells.amax(-1) if name in LARGEST else cells.sum(-1)
             along = along if rows else cells
-            found = torch.full((count,), -float("inf") if name in LARGEST else 0.0)
+            found = torch.full((count,), -float("inf") if name in LARGEST else 0.0, dtype=along.dtype)
             reduce = "amax" if name in LARGEST else "sum"
             cells = found.scatter_reduce(0, torch.from_numpy(places), along.reshape(-1), reduce)
         held = self._held.get((name, number))
