@@ -26,6 +26,7 @@ class Warm:
         self._factors = factors
         self._kept: OrderedDict[int, tuple[int, int, list[Block]]] = OrderedDict()
         self._finite: dict[int, bool] = {}
+        self._asked: set[int] = set()
 
     def holds(self, site: int, start: int, stop: int) -> bool:
         """Whether the visits of a site at steps start <= t < stop are in memory."""
@@ -38,6 +39,7 @@ class Warm:
         Raises:
             CorruptRun: if the run is damaged.
         """
+        self._asked.add(site)
         if not self.holds(site, start, stop):
             if self._factors.nbytes(site, start, stop) > cache_bytes():
                 yield from self._factors.blocks(site, start, stop)
@@ -48,6 +50,12 @@ class Warm:
             rows = slice(*np.searchsorted(block.step, [start, stop]).tolist())
             if rows.stop > rows.start:
                 yield block.take(rows)
+
+    def was_asked(self, site: int) -> bool:
+        """Whether a site was asked for before; it is from now on."""
+        known = site in self._asked
+        self._asked.add(site)
+        return known
 
     def is_finite(self, site: int) -> bool:
         """Whether the blocks kept of a site hold no NaN and no infinity; looked at once."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nbdyn.query.evaluate import Array
-from nbdyn.query.reduce.measures import LARGEST, MAX, MAX_ABS
+from nbdyn.query.reduce.measures import LARGEST, MAX, MAX_ABS, of_cells
 from nbdyn.query.reduce.members import Members
 from nbdyn.store import Store
 from nbdyn.store.calls import CALL, LENGTH
@@ -28,6 +28,8 @@ from nbdyn.store.projection import is_projected
 if TYPE_CHECKING:
     import torch
 
+FEW = 64
+"""So few parameters are read by their columns of the factors, and computed cell by cell."""
 CHUNK = 8192
 """Visits of one product in float32: partial sums are added in float64."""
 
@@ -108,12 +110,17 @@ class Rows:
     Attributes:
         starts: (members + 1,) first row of each member.
         row: (rows,) the row of `members` that each belongs to: its visit.
+
+    With `double` factors are given in float64, for variances, which are differences of sums.
     """
 
-    def __init__(self, store: Store, part: Part, members: Members) -> None:
-        self._part, self._members = part, members
-        start, stop = members.steps
-        blocks = list(store.factors.warm.blocks(part.site, start, stop))
+    def __init__(self, store: Store, part: Part, members: Members, *, double: bool = False) -> None:
+        self._store, self._part, self._members, self._double = store, part, members, double
+        self._columns = _narrow(store, part, members)
+        if self._columns:
+            blocks = list(store.factors.blocks(part.site, *members.steps, columns=self._columns))
+        else:
+            blocks = list(store.factors.warm.blocks(part.site, *members.steps))
         found = [_of_block(block, members) for block in blocks]
         code = np.concatenate([code for _, code, _ in found]) if found else np.empty(0, np.int64)
         row = np.concatenate([row for row, _, _ in found]) if found else np.empty(0, np.int64)
@@ -152,17 +159,25 @@ class Rows:
         import torch
 
         whole, order = self._whole[slot], self._order[rows]
-        if len(order) and order[-1] - order[0] == len(order) - 1 and (np.diff(order) == 1).all():
+        if slot in self._columns:
+            columns = np.searchsorted(self._columns[slot], columns)
+        if 4 * len(columns) < whole.shape[1]:
+            taken = whole[order[:, None], columns]
+        elif len(order) and order[-1] - order[0] == len(order) - 1 and (np.diff(order) == 1).all():
             taken = whole[order[0] : order[-1] + 1]
         else:
             taken = torch.from_numpy(whole).index_select(0, torch.from_numpy(order)).numpy()
-        return taken if len(columns) == whole.shape[1] else taken[:, columns]
+        taken = taken if len(columns) == taken.shape[1] else taken[:, columns]
+        return taken.astype(np.float64) if self._double else taken
 
     @cached_property
     def is_finite(self) -> bool:
         """Whether there is no NaN and no infinity, which a product would spread over whole rows."""
         import torch
 
+        warm, span = self._store.factors.warm, self._members.steps
+        if warm.holds(self._part.site, *span):
+            return warm.is_finite(self._part.site)
         return all(bool(torch.isfinite(torch.from_numpy(x).sum(0)).all()) for x in self._whole.values())
 
     def chunks(self) -> Iterator[tuple[int, slice]]:
@@ -181,6 +196,20 @@ class Rows:
         members = np.arange(first, stop)[there]
         found = fold.reduceat(cells, starts[there] - some.start, axis=0, dtype=np.float64)
         out[np.ix_(members, targets)] = fold(out[np.ix_(members, targets)], found)
+
+
+def _narrow(store: Store, part: Part, members: Members) -> dict[str, Array]:
+    """The columns of factors to read where they are a few of all, for the first question about a site.
+
+    The second one reads it whole, and keeps it in memory.
+    """
+    if store.factors.warm.was_asked(part.site):
+        return {}
+    shape = store.factors.sites[part.site].shape
+    widths = shape[::-1] if store.factors.sites[part.site].options.get("transposed") else shape
+    units = np.union1d(part.units, part.biases)
+    found = {"d": (units, widths[0]), "a": (part.inputs, widths[1])}
+    return {slot: columns for slot, (columns, width) in found.items() if 0 < 8 * len(columns) < width}
 
 
 def _of_block(block: Block, members: Members) -> tuple[Array, Array, Array]:
@@ -202,7 +231,13 @@ def of_weights(rows: Rows, part: Part, operation: str, out: Array) -> None:
     """Add a part's operation into `out` (members, parameters asked for). Not for MAX, MAX_ABS and EXCEED."""
     import torch
 
-    if part.weight.size:
+    if 0 < part.weight.size <= FEW:
+        for first in range(0, len(rows), CHUNK):
+            some = slice(first, min(first + CHUNK, len(rows)))
+            cells = rows.d(some)[:, :, None] * rows.a(some)[:, None, :]
+            rows.fold(of_cells(operation, cells.reshape(len(cells), -1)), some, part.weight.reshape(-1), out,
+                      largest=False)  # fmt: skip
+    elif part.weight.size:
         whole = part.weight.reshape(-1)
         run = slice(whole[0], whole[-1] + 1) if (np.diff(whole) == 1).all() else None
         device = product_device(4 * CHUNK * sum(part.weight.shape))
@@ -255,7 +290,7 @@ def of_targets(rows: Rows, part: Part, operation: str, code: Array, out: Array) 
         code: target of each parameter asked for.
         out: float64.
     """
-    targets, place = np.unique(np.concatenate([code[part.weight[:, 0]] if part.weight.size else [], code[part.bias]]),
+    targets, place = np.unique(np.concatenate([code[part.weight[:, :1].reshape(-1)], code[part.bias]]),
                                return_inverse=True)  # fmt: skip
     units, biases = np.split(place, [len(place) - len(part.bias)])
     for first in range(0, len(rows), CHUNK):

@@ -9,18 +9,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from nbdyn.errors import NotRecorded
 from nbdyn.query.evaluate import Array
 from nbdyn.query.reduce import general, linear
 from nbdyn.query.reduce.batches import reduce_batches
 from nbdyn.query.reduce.general import Piece
+from nbdyn.query.reduce.linear import FEW
 from nbdyn.query.reduce.measures import CELLS, EXCEED, LARGEST, MAX, MAX_ABS, condition_of, finished, operations
 from nbdyn.query.reduce.members import PLACES, Members, members_of
 from nbdyn.query.reduce.targets import Targets
 from nbdyn.query.tree import Measure
 from nbdyn.store import Store, frames
-
-FEW = 64
-"""So few parameters are read by their columns of the factors and computed cell by cell."""
 
 
 @dataclass
@@ -63,6 +62,11 @@ def measured(cells: Cells, members: Members, targets: Targets, dtype: type = np.
         rest = without(rest, *(places for part, _ in parts for places in (part.weight, part.bias)))
     if cells.is_grad and members.count:
         rest = without(rest, _of_batches(cells, members, targets, names, out))
+    if len(rest) and members.by_token:
+        raise NotRecorded(
+            "cells of single positions are products of finite factors, added up; these are not. Ask per unit or per "
+            "layer, and for steps before a NaN or Inf."
+        )
     if len(rest) and members.count:
         _of_rest(cells, members, targets, rest, names, out)
     if cells.of_units:
@@ -89,8 +93,9 @@ def products(cells: Cells, members: Members, targets: Targets) -> list[tuple[lin
     """The linear parts whose cells are finite products, with their factors."""
     store = cells.store
     start, stop = members.steps
+    warm = all(store.factors.warm.holds(site, start, stop) for site in store.factors.sites_of(targets.indices))
     small = len(targets.indices) <= FEW and not members.by_token
-    if small or EXCEED in operations(cells.measure):
+    if (small and not warm) or EXCEED in operations(cells.measure):
         return []
     found: list[tuple[linear.Part, linear.Rows]] = []
     for part in linear.divided(store, targets.indices, start, stop, tokens=bool(members.by_token))[0]:
@@ -98,7 +103,7 @@ def products(cells: Cells, members: Members, targets: Targets) -> list[tuple[lin
         whole = by_weight or not part.weight.size or (_same_along_inputs(targets.code[part.weight]))
         if not whole or (by_weight and {MAX, MAX_ABS} & set(operations(cells.measure))):
             continue
-        rows = linear.Rows(store, part, members)
+        rows = linear.Rows(store, part, members, double=cells.measure.aggregate == "var")
         if rows.is_finite:
             found.append((part, rows))
     return found

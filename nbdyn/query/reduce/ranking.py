@@ -13,8 +13,8 @@ import numpy as np
 
 from nbdyn.query.evaluate import Array
 from nbdyn.query.reduce import linear
-from nbdyn.query.reduce.linear import CHUNK
-from nbdyn.query.reduce.matrix import FEW, Cells, measured, without
+from nbdyn.query.reduce.linear import CHUNK, FEW
+from nbdyn.query.reduce.matrix import Cells, measured, without
 from nbdyn.query.reduce.members import Members
 from nbdyn.query.reduce.targets import Targets
 from nbdyn.query.tree import Measure
