@@ -17,7 +17,7 @@ from nbdyn.query.evaluate import Array
 from nbdyn.query.reads import MAX_ROWS
 from nbdyn.query.reduce.matrix import measured
 from nbdyn.query.reduce.members import COLUMN
-from nbdyn.query.reduce.ranking import Ranking, largest, top_members, top_targets
+from nbdyn.query.reduce.ranking import Ranking, largest, ranking_of, top_members, top_targets
 from nbdyn.query.reduce.targets import Targets, targets_of
 from nbdyn.query.source import Source
 from nbdyn.query.tree import Group, Top
@@ -34,9 +34,7 @@ def run_cells(plan: CellPlan, source: Source) -> tuple[pd.DataFrame, list[str]]:
         NotRecorded: if the run does not hold what is needed.
     """
     if plan.index is not None:
-        return _finish(plan, *_from_index(plan, source)), [
-            f"from the index, rounded to {plan.index.relative_error:.0e}"
-        ]
+        return _indexed(plan, source), [f"from the index, rounded to {plan.index.relative_error:.0e}"]
     asked = question(plan, source)
     # Cells of units are read whole for any question: all at once, where there is room.
     at_once = bool(plan.layers) and asked.members.count * asked.targets.count <= UNITS_AT_ONCE
@@ -45,6 +43,16 @@ def run_cells(plan: CellPlan, source: Source) -> tuple[pd.DataFrame, list[str]]:
     else:
         frame = _finish(plan, _matrix(asked), asked.members.labels, asked.targets)
     return frame, [*asked.notes, *dict.fromkeys(asked.cells.notes)]
+
+
+def _indexed(plan: CellPlan, source: Source) -> pd.DataFrame:
+    values, members, targets = _from_index(plan, source)
+    statement = plan.statement
+    if not isinstance(statement, Top) or not _lists_are_apart(plan):
+        return _finish(plan, values, members, targets)
+    ranks_members = statement.what in OF_VISITS
+    k = how_many(statement, len(members) if ranks_members else targets.count)
+    return _long(plan, ranking_of(values if ranks_members else values.T, k), members, targets, ranks_members)
 
 
 def _lists_are_apart(plan: CellPlan) -> bool:
@@ -61,7 +69,7 @@ def _ranked(plan: CellPlan, statement: Top, asked: Question) -> pd.DataFrame:
     lists = targets.count if ranks_members else members.count
     check_rows(lists * min(k, members.count if ranks_members else targets.count))
     ranking = (top_members if ranks_members else top_targets)(asked.cells, members, targets, k)
-    return _long(plan, ranking, asked, ranks_members)
+    return _long(plan, ranking, members.labels, targets, ranks_members)
 
 
 def how_many(statement: Top, members: int) -> int:
@@ -82,13 +90,15 @@ def check_rows(rows: int) -> None:
         )
 
 
-def _long(plan: CellPlan, ranking: Ranking, asked: Question, ranks_members: bool) -> pd.DataFrame:
+def _long(
+    plan: CellPlan, ranking: Ranking, labels: pd.DataFrame, targets: Targets, ranks_members: bool
+) -> pd.DataFrame:
     """A row for each place of each list."""
     there = ranking.numbers >= 0
     row, place = np.nonzero(there) if not there.all() else np.divmod(np.arange(there.size), there.shape[1])
     found = ranking.numbers[there].astype(np.int64)
     member, target = (found, row) if ranks_members else (row, found)
-    columns = labels_of(asked.members.labels, asked.targets, member, target)
+    columns = labels_of(labels, targets, member, target)
     columns |= {"rank": place + 1, str(plan.measure): ranking.values[there]}
     return pd.DataFrame({name: columns[name] for name in plan.columns}, copy=False)
 

@@ -60,7 +60,7 @@ def test_the_threshold_algorithm(case, mode: str, k: int, seed: int, band: int):
     np.add.at(bound.T, group, np.abs(d).T)
     reach = np.abs(a).max(0, initial=0)
     rare = np.random.default_rng(seed).random(a.shape[1]) < 0.5
-    lists, owners = _rare_lists(a, rare, group.astype(np.int32))
+    lists, owners = _rare_lists(a, rare, group.astype(np.int32), np.ones(len(a), bool))
     k = min(k, groups)
     values, members = np.zeros((len(d), a.shape[1], k), np.float32), np.full((len(d), a.shape[1], k), -1, np.int32)
     kernels.top_products(a, d, starts, visit, bound, reach, rare, lists, owners, getattr(kernels, mode), values,
@@ -73,7 +73,11 @@ def test_the_threshold_algorithm(case, mode: str, k: int, seed: int, band: int):
     if len(group) == groups and (np.bincount(group) == 1).all():
         signed = mode in ("SUM", "MAX")
         values[:], members[:] = 0, -1
-        kernels.top_cells(a, d, bound, reach, rare, lists, owners, signed, values, members, 0, len(d))
+        rows = np.random.default_rng(seed).permutation(groups)  # in no order of the groups, as training has them
+        lists, owners = _rare_lists(a[rows], rare, np.arange(groups, dtype=np.int32), np.ones(groups, bool))
+        kernels.top_cells(np.ascontiguousarray(a[rows]), np.ascontiguousarray(d[:, rows]),
+                          group[rows].astype(np.int32), reach, rare, lists, owners, signed, values, members,
+                          0, len(d))  # fmt: skip
         for unit, column in np.ndindex(values.shape[:2]):
             cells = d[unit] * a[:, column]
             best, numbers = expected(cells if signed else np.abs(cells), k)
@@ -90,9 +94,10 @@ def test_single_cells_in_bands(signed: bool, k: int):
     a, d = rng.integers(-9, 10, (rows, 3)).astype(np.float32), rng.standard_normal((2, rows)).astype(np.float32)
     a[:, 1] *= rng.random(rows) < 0.01
     rare = np.zeros(3, bool)
-    lists, owners = _rare_lists(a, rare, np.arange(rows, dtype=np.int32))
+    lists, owners = _rare_lists(a, rare, np.arange(rows, dtype=np.int32), np.ones(rows, bool))
     values, members = np.zeros((2, 3, k), np.float32), np.full((2, 3, k), -1, np.int32)
-    kernels.top_cells(a, d, np.abs(d), np.abs(a).max(0), rare, lists, owners, signed, values, members, 0, 2)
+    numbers = np.arange(rows, dtype=np.int32)
+    kernels.top_cells(a, d, numbers, np.abs(a).max(0), rare, lists, owners, signed, values, members, 0, 2)
     for unit, column in np.ndindex(2, 3):
         cells = d[unit] * a[:, column]
         best, numbers = expected(cells if signed else np.abs(cells), k)

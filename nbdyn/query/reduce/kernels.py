@@ -165,8 +165,11 @@ def top_products(
 
 
 @_compiled
-def top_cells(a, d, bound, reach, rare, rare_starts, rare_groups, signed, values, members, first, stop):
-    """`top_products` where every group has one row: the k largest |d a|, or d a where `signed`."""
+def top_cells(a, d, numbers, reach, rare, rare_starts, rare_rows, signed, values, members, first, stop):
+    """`top_products` where every group has one row: the k largest |d a|, or d a where `signed`.
+
+    `numbers` says which group each row is, -1 for none; the lists of rare columns hold rows.
+    """
     columns, k = len(reach), values.shape[2]
     active, counts = np.empty(columns, np.int32), np.zeros(columns, np.int32)
     tau = np.empty(columns, np.float32)
@@ -177,15 +180,15 @@ def top_cells(a, d, bound, reach, rare, rare_starts, rare_groups, signed, values
         for j in range(columns):
             if rare[j]:
                 for place in range(rare_starts[j], rare_starts[j + 1]):
-                    g = rare_groups[place]
-                    x = d[unit, g] * a[g, j]
+                    row = rare_rows[place]
+                    x = d[unit, row] * a[row, j]
                     x = x if signed else abs(x)
                     if x != 0:
-                        counts[j] = _insert(values[unit, j], members[unit, j], counts[j], x, g)
+                        counts[j] = _insert(values[unit, j], members[unit, j], counts[j], x, numbers[row])
             else:
                 active[n_active] = j
                 n_active += 1
-        limits = bound[unit]
+        limits = np.where(numbers >= 0, np.abs(d[unit]), 0).astype(np.float32)
         left = np.nonzero(limits > 0)[0].astype(np.int32)
         while n_active > 0 and len(left) > 0:
             band, left = _next_band(limits, left)
@@ -201,7 +204,7 @@ def top_cells(a, d, bound, reach, rare, rare_starts, rare_groups, signed, values
                     x = factor * a[g, j]
                     x = x if signed else abs(x)
                     if x >= tau[j] and x != 0:
-                        counts[j] = _insert(values[unit, j], members[unit, j], counts[j], x, g)
+                        counts[j] = _insert(values[unit, j], members[unit, j], counts[j], x, numbers[g])
                         if counts[j] == k:
                             tau[j] = values[unit, j, k - 1]
 

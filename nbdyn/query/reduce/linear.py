@@ -128,7 +128,7 @@ class Rows:
         self._order = self._order[np.searchsorted(code[self._order], 0) :]
         self.row = row[self._order]
         self.starts = np.searchsorted(code[self._order], np.arange(members.count + 1))
-        self._blocks = blocks
+        self._blocks, self._code = blocks, code
         self._scale = np.concatenate([scale for _, _, scale in found]) if found else np.empty(0)
 
     @cached_property
@@ -154,6 +154,18 @@ class Rows:
         if (scale == 1.0).all():
             return found
         return found * scale.astype(found.dtype)[:, None]
+
+    def unsorted(self) -> tuple[Array, Array, Array] | None:
+        """Inputs (n, c), errors (n, r) times their scale and member of each row (-1: none) in the order of training.
+
+        None where a member has several rows. Sorting by member would copy all factors.
+        """
+        if (np.diff(self.starts) > 1).any() or not len(self):
+            return None
+        columns = [(slot, getattr(self._part, name)) for slot, name in (("a", "inputs"), ("d", "units"))]
+        a, d = (self._whole[slot] if len(some) == self._whole[slot].shape[1] else self._whole[slot][
+            :, np.searchsorted(self._columns[slot], some) if slot in self._columns else some] for slot, some in columns)
+        return a, d * self._scale.astype(d.dtype)[:, None], self._code.astype(np.int32)
 
     def _taken(self, slot: str, rows: slice, columns: Array) -> Array:
         import torch

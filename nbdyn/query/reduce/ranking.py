@@ -73,6 +73,19 @@ def top_targets(cells: Cells, members: Members, targets: Targets, k: int) -> Ran
     return lists.ranking()
 
 
+def ranking_of(values: Array, k: int) -> Ranking:
+    """The k largest of every column of a matrix (numbers, lists); equal ones in order, zeros and NaN left out."""
+    k = max(1, min(k, len(values)))
+    lists = _Lists(values.shape[1], k)
+    if k <= LONG:
+        lists.take(np.ascontiguousarray(values), np.arange(len(values)), np.arange(values.shape[1]))
+        return lists.ranking()
+    for number, column in enumerate(values.T):
+        order = largest(column, k)
+        lists.values[number, : len(order)], lists.numbers[number, : len(order)] = column[order], order
+    return lists.ranking()
+
+
 def _long_lists(cells: Cells, members: Members, targets: Targets, k: int) -> Ranking:
     """Lists that are long, by selection instead of insertion."""
     values, numbers = np.zeros((members.count, k)), np.full((members.count, k), -1, np.int32)
@@ -183,36 +196,46 @@ def _top_of_part(rows: linear.Rows, part: linear.Part, mode: int, k: int) -> tup
     """The lists of a part's weights, (units, inputs, k) each."""
     from nbdyn.query.reduce import kernels
 
-    everything = slice(0, len(rows))
-    a, d = rows.a(everything), np.ascontiguousarray(rows.d(everything).T)
-    single = bool((np.diff(rows.starts) <= 1).all())
-    size = np.abs(d)
-    full = np.diff(rows.starts) > 0
-    bound = np.zeros((len(d), len(full)), np.float32)
-    bound[:, full] = size if single else np.add.reduceat(size, rows.starts[:-1][full], axis=1)
-    del size
-    reach, rare = np.abs(a).max(0, initial=0), np.count_nonzero(a, axis=0) <= RARE
-    owner = np.repeat(np.arange(len(full), dtype=np.int32), np.diff(rows.starts))
-    starts, groups = _rare_lists(a, rare, owner)
-    values = np.zeros((len(d), a.shape[1], k), np.float32)
+    values = np.zeros((*part.weight.shape, k), np.float32)
     numbers = np.full(values.shape, -1, np.int32)
-    if single and full.all():
+    single = rows.unsorted()
+    if single is not None:
+        a, d, code = single
+        d = np.ascontiguousarray(d.T)
+        reach, rare = _extent(a)
+        starts, met = _rare_lists(a, rare, np.arange(len(a), dtype=np.int32), code >= 0)
         signed = mode in (kernels.SUM, kernels.MAX)
         spread(len(d), lambda i, j: kernels.top_cells(
-            a, d, bound, reach, rare, starts, groups, signed, values, numbers, i, j))  # fmt: skip
-    else:
-        lines = rows.starts.astype(np.int64)
-        spread(len(d), lambda i, j: kernels.top_products(
-            a, d, lines, rows.row, bound, reach, rare, starts, groups, mode, values, numbers, i, j))  # fmt: skip
-        if mode == kernels.SUM_SQ:
-            np.sqrt(values, out=values)
+            a, d, code, reach, rare, starts, met, signed, values, numbers, i, j))  # fmt: skip
+        return values, numbers
+    a, d = rows.a(slice(0, len(rows))), np.ascontiguousarray(rows.d(slice(0, len(rows))).T)
+    full = np.diff(rows.starts) > 0
+    bound = np.zeros((len(d), len(full)), np.float32)
+    bound[:, full] = np.add.reduceat(np.abs(d), rows.starts[:-1][full], axis=1)
+    owner = np.repeat(np.arange(len(full), dtype=np.int32), np.diff(rows.starts))
+    reach, rare = _extent(a)
+    starts, met = _rare_lists(a, rare, owner, np.ones(len(a), dtype=bool))
+    lines = rows.starts.astype(np.int64)
+    spread(len(d), lambda i, j: kernels.top_products(
+        a, d, lines, rows.row, bound, reach, rare, starts, met, mode, values, numbers, i, j))  # fmt: skip
+    if mode == kernels.SUM_SQ:
+        np.sqrt(values, out=values)
     return values, numbers
 
 
-def _rare_lists(a: Array, rare: Array, owner: Array) -> tuple[Array, Array]:
-    """The groups in which each rare column is other than zero: offsets by column, and the groups, ascending."""
+def _extent(a: Array) -> tuple[Array, Array]:
+    """The largest |a| of each column, and whether a column is other than zero in few rows."""
+    return np.maximum(a.max(0, initial=0), -a.min(0, initial=0)), np.count_nonzero(a, axis=0) <= RARE
+
+
+def _rare_lists(a: Array, rare: Array, owner: Array, usable: Array) -> tuple[Array, Array]:
+    """The groups in which each rare column is other than zero: offsets by column, and the groups, ascending.
+
+    `owner` is the group of each row, `usable` whether a row counts.
+    """
     columns = np.flatnonzero(rare)
     place, row = np.nonzero(np.ascontiguousarray(a[:, columns].T))
+    place, row = place[usable[row]], row[usable[row]]
     group = owner[row]
     new = np.ones(len(row), dtype=bool)
     new[1:] = (np.diff(place) != 0) | (np.diff(group) != 0)
