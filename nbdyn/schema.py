@@ -12,7 +12,8 @@ CAPTURE = ("calls", "gradients", "factors", "rows")
 """Members of a run that captured single samples, once its journal is compacted: arrays, groups of numbered arrays."""
 
 SUMMARY = "summary"
-"""The member of a run that holds its indexes: a group of arrays, and the entry of the metadata that makes them count."""
+"""The member of a run that holds its indexes: a group of arrays, and the entry of the metadata that makes them
+count."""
 
 # Parts of the `state` array: what a replay needs, keyed by (step, part).
 PART_RNG = 0  # torch's CPU generator before the forward pass, where it changed

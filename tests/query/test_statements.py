@@ -14,7 +14,9 @@ from nbdyn.query.language import parse
     [
         (statements.top("1%", "weights", by="sum |grad|"), "top 1% weights by sum |grad|"),
         (
-            statements.top(3, "classes", per="unit", of="fc1", by="norm g", step=(2, 5), where="correct = 0", within=0.05),
+            statements.top(
+                3, "classes", per="unit", of="fc1", by="norm g", step=(2, 5), where="correct = 0", within=0.05
+            ),
             "top 3 classes per unit of fc1 by norm g during steps 2..5 where correct = 0 approximately within 5%",
         ),
         (statements.group("units", of="fc1.*", by="|sum g|", into=4, epoch=2),
