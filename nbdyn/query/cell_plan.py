@@ -4,7 +4,6 @@
 # pandas ships no complete types, so that the strict rules cannot hold here.
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +13,8 @@ from nbdyn.query.evaluate import Array
 from nbdyn.query.layers import Layer, layers_of, read_sites
 from nbdyn.query.reads import Read
 from nbdyn.query.reduce import linear
-from nbdyn.query.reduce.measures import EXCEED, operations
+from nbdyn.query.reduce.linear import FEW
+from nbdyn.query.reduce.measures import EXCEED, MAX, MAX_ABS, operations
 from nbdyn.query.source import Source
 from nbdyn.query.tree import Expression, Group, Measure, Measured, Selector, Show, Top
 from nbdyn.query.words import OF_UNITS
@@ -288,18 +288,21 @@ def _factor_reads(plan: CellPlan, source: Source, visits: int) -> list[Read]:
     exact = EXCEED not in operations(plan.measure)
     tokens = bool({"token", "position"} & set(plan.visits))
     parts, _ = linear.divided(source.store, plan.indices, plan.start, plan.stop, tokens=tokens)
-    by_product = {part.site: part.size for part in parts} if exact else {}
+    by_site = {part.site: part for part in parts} if exact else {}
+    few, statement = len(plan.indices) <= FEW, plan.statement
+    cell_by_cell = plan.parameters == "weight" and {MAX, MAX_ABS} & set(operations(plan.measure))
+    lists = isinstance(statement, Top) and (statement.what, plan.parameters) == ("sample", "weight")
     for number in factors.sites_of(plan.indices):
-        site = factors.sites[number]
+        site, part = factors.sites[number], by_site.get(number)
         nbytes = factors.nbytes(number, plan.start, plan.stop)
         warm = factors.warm.holds(number, plan.start, plan.stop)
-        size = min(site.size, len(plan.indices))
-        few = len(plan.indices) < site.size // 16
-        if few:
-            nbytes = int(nbytes * min(1.0, 2 * math.sqrt(len(plan.indices) / site.size)))
-        product = number in by_product and not few
-        work = visits * size / (PRODUCT_SPEED if product else CELL_SPEED)
-        how = ("in memory" if warm else "factors") + ("; products" if product else "; cell by cell")
+        if part is not None:
+            used = len(part.inputs) + len(np.union1d(part.units, part.biases))
+            nbytes = int(nbytes * min(1.0, used / sum(site.shape)))
+        product = part is not None and not few and (lists or not cell_by_cell)
+        work = visits * min(site.size, len(plan.indices)) / (PRODUCT_SPEED if product else CELL_SPEED)
+        how = "threshold algorithm" if product and lists else "products" if product else "cell by cell"
         reads.append(Read(source.name, f"factors of {site.name}", ("a", "d"), plan.start, plan.stop, visits, nbytes,
-                          how, (0.0 if warm else nbytes / READ_SPEED) + work))  # fmt: skip
+                          f"{'in memory' if warm else 'factors'}; {how}",
+                          (0.0 if warm else nbytes / READ_SPEED) + work))  # fmt: skip
     return reads

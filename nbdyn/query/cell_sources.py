@@ -67,7 +67,7 @@ def question(plan: CellPlan, source: Source) -> Question:
 
 def _of_visits(plan: CellPlan, source: Source, targets: Targets) -> Question:
     visits = source.read("visits", plan.start, plan.stop)
-    if "class" in plan.visits and not (visits["class"] >= 0).any():
+    if "class" in plan.visits and not (visits["class"].to_numpy() >= 0).any():
         raise NotRecorded(
             f"{source.name} holds no classes of these visits: they are the targets of classification losses, and runs "
             "of an older nbdyn have none. Group by sample, or record again."

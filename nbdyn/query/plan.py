@@ -257,7 +257,7 @@ def _plan_show(statement: Show, source: Source) -> ShowPlan:
     if isinstance(statement.items[0], Table):
         return _plan_table(statement, statement.items[0].name, source)
     table = _table_of(statement, source)
-    expressions = [item for item in statement.items if not isinstance(item, Weights | Table)]
+    expressions = [item for item in statement.items if not isinstance(item, Weights | Table | Measured)]
     regroups = bool(statement.per) and set(statement.per) != set(_row_keys(table))
     grouped = regroups or any(map(has_aggregate, expressions))
     keys = statement.per or (() if grouped else _row_keys(table))
@@ -303,7 +303,7 @@ def _row_keys(table: str) -> tuple[str, ...]:
 
 def _table_of(statement: Show, source: Source) -> str:
     """Which table the items of a statement are read from."""
-    parts = [item for item in statement.items if not isinstance(item, Weights | Table)]
+    parts = [item for item in statement.items if not isinstance(item, Weights | Table | Measured)]
     aggregated = any(map(has_aggregate, parts))
     used = {name for part in [*parts, *([] if statement.where is None else [statement.where])] for name in fields(part)}
     if "tensor" in statement.per:

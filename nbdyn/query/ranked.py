@@ -124,7 +124,7 @@ def _from_index(plan: CellPlan, source: Source) -> tuple[Array, pd.DataFrame, Ta
     if plan.visits == ("class",):
         sums, labels = index.classes(plan.field, first, last, plan.indices), None
     elif plan.visits == ("epoch",):
-        sums = np.stack([index.epochs(plan.field, int(n), int(n), plan.indices) for n in numbers])
+        sums = np.stack([np.asarray(index.epochs(plan.field, int(n), int(n), plan.indices)) for n in numbers])
         labels = pd.DataFrame({"epoch": numbers})
     else:
         sums, labels = np.asarray(index.epochs(plan.field, first, last, plan.indices))[None], pd.DataFrame(index=[0])
@@ -166,7 +166,7 @@ def _finish(plan: CellPlan, values: Array, members: pd.DataFrame, targets: Targe
     columns[measure] = flat[chosen]
     if isinstance(statement, Group):
         columns |= bins(flat[chosen], statement.into)
-    return pd.DataFrame(columns)[[name for name in plan.columns if name in columns]]
+    return pd.DataFrame({name: columns[name] for name in plan.columns if name in columns})
 
 
 def lists_of(

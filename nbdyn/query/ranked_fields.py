@@ -19,10 +19,11 @@ def run_rank(plan: RankPlan, source: Source) -> tuple[pd.DataFrame, list[str]]:
     frame, notes = show(plan.values, source)
     statement, label = plan.statement, plan.values.items[0][0]
     if isinstance(statement, Group):
-        return frame.assign(**bins(frame[label].to_numpy(np.float64), statement.into))[list(plan.columns)], notes
-    missing = frame[label].isna()
+        found = frame.assign(**bins(frame[label].to_numpy(np.float64), statement.into))
+        return found.loc[:, list(plan.columns)], notes
+    missing = np.isnan(frame[label].to_numpy(np.float64))
     if missing.any():
-        notes = [*notes, f"{int(missing.sum())} of {len(frame)} left out: their value is NaN"]
+        notes = [*notes, f"{np.count_nonzero(missing)} of {len(frame)} left out: their value is NaN"]
     frame = frame.loc[~missing].sort_values(label, ascending=False, kind="stable")
     if statement.per is None:
         frame["rank"] = np.arange(1, len(frame) + 1)

@@ -85,11 +85,12 @@ def _labels(name: str, shape: tuple[int, ...], places: np.ndarray) -> list[str]:
     """Labels of elements of a tensor; the parts before and after the last comma are written once each."""
     if not shape:
         return [name] * len(places)
-    head, last = np.divmod(places, shape[-1])
+    width = shape[-1:][0]
+    head, last = np.divmod(places, width)
     rows, back = np.unique(head, return_inverse=True)
     outer = zip(*(axis.tolist() for axis in np.unravel_index(rows, shape[:-1] or (1,))), strict=True)
     heads = [f"{name}[" + "".join(f"{n}," for n in (index if len(shape) > 1 else ())) for index in outer]
-    tails = [f"{n}]" for n in range(shape[-1])]
+    tails = [f"{n}]" for n in range(width)]
     return [heads[i] + tails[j] for i, j in zip(back.tolist(), last.tolist(), strict=True)]
 
 

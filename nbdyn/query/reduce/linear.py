@@ -162,10 +162,15 @@ class Rows:
         """
         if (np.diff(self.starts) > 1).any() or not len(self):
             return None
-        columns = [(slot, getattr(self._part, name)) for slot, name in (("a", "inputs"), ("d", "units"))]
-        a, d = (self._whole[slot] if len(some) == self._whole[slot].shape[1] else self._whole[slot][
-            :, np.searchsorted(self._columns[slot], some) if slot in self._columns else some] for slot, some in columns)
+        a, d = self._columns_of("a", self._part.inputs), self._columns_of("d", self._part.units)
         return a, d * self._scale.astype(d.dtype)[:, None], self._code.astype(np.int32)
+
+    def _columns_of(self, slot: str, columns: Array) -> Array:
+        """Some columns of all rows, unsorted; all of them are not copied."""
+        whole = self._whole[slot]
+        if slot in self._columns:
+            columns = np.searchsorted(self._columns[slot], columns)
+        return whole if len(columns) == whole.shape[1] else np.ascontiguousarray(whole[:, columns])
 
     def _taken(self, slot: str, rows: slice, columns: Array) -> Array:
         import torch

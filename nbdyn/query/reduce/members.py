@@ -100,7 +100,7 @@ def members_of(
         found, code = np.unique(rows[names[0]].to_numpy(), return_inverse=True)
         labels = pd.DataFrame({names[0]: found})
     elif names:
-        groups, unique = pd.MultiIndex.from_frame(rows[names]).factorize(sort=True)
+        groups, unique = pd.MultiIndex.from_frame(rows.loc[:, names]).factorize(sort=True)
         code, labels = groups, unique.to_frame(index=False)
         labels.columns = names
     else:
