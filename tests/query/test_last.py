@@ -140,8 +140,8 @@ def test_snapshots_cannot_answer():
         execute("last 5 samples before fc1.weight[0,0] becomes 0", MemoryStore(weights="snapshots"))
     assert str(caught.value) == (
         '"becomes" needs the weights of every step; tiny holds snapshots, one every 3 steps, and no per-sample '
-        'gradients to rebuild those between from. Record with per_sample=True or weights="every", or train again between two '
-        "snapshots: run.replay(t0, t1, model, loss_fn, data)."
+        'gradients to rebuild those between from. Record with per_sample=True or weights="every", or train again '
+        "between two snapshots: run.replay(t0, t1, model, loss_fn, data)."
     )
 
 
