@@ -38,7 +38,9 @@ SEGMENT_BYTES = 24_000_000
 SEGMENT_JOURNAL_BYTES = 128_000_000
 """A segment is committed once it holds so much, in memory or in its journal, which compaction takes up as one."""
 INDEX_BYTES = 32_000_000
-"""Indexes are built at close if more than that was captured of single samples: less is read as fast as an index."""
+INDEX_SPEED, INDEX_SECONDS = 5e9, 60.0
+"""Indexes are built at close if more than so many bytes were captured of single samples (less is read as fast as an
+index), and it takes no longer than so many seconds; the speed is visits x parameters a second, on two cores."""
 ALIGNED_SECONDS = 10.0
 """Rows of every step are committed in whole tiles, unless they have waited so long."""
 
@@ -144,8 +146,18 @@ class Sink:
             raise RecordingStopped(f"the run is written but could not be marked {status}: {error}") from error
         self._after_the_end("compact", "compaction", self._committer.compact_rest)
         if status == "complete" and self._committer.bytes_captured > INDEX_BYTES:
-            self._after_the_end("index", "the index", lambda: build(self._target.store(), locked=True))
+            self._index()
         self._end(status)
+
+    def _index(self) -> None:
+        """Build the indexes, unless that would keep the user waiting: it can be done at any time."""
+        store = self._target.store()
+        seconds = self._committer.visits * store.parameters / INDEX_SPEED
+        if seconds <= INDEX_SECONDS:
+            self._after_the_end("index", "the index", lambda: build(store, locked=True))
+        else:
+            way = f"python -m nbdyn index {self._target.shown}"
+            say(f"questions over whole epochs are faster with an index: `{way}`, about {seconds / 60:.0f} minutes.")
 
     def _after_the_end(self, command: str, what: str, work: Callable[[], object]) -> None:
         """The run is whole already: what goes wrong here is said, and can be done again."""
