@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
+
+from nbdyn.settings import options
 
 # jupyter_core asks to choose where it keeps its files; without this it warns, and warnings are errors here.
 os.environ.setdefault("JUPYTER_PLATFORM_DIRS", "1")
 
 settings.register_profile("nbdyn", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("nbdyn")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _settings_stay() -> Iterator[None]:
+    """No module leaves a setting of this process behind for the tests that follow."""
+    quiet = options.quiet
+    torch = sys.modules.get("torch")
+    threads = torch.get_num_threads() if torch is not None else None
+    yield
+    assert options.quiet == quiet, "nbdyn.options.quiet was changed and not put back"
+    assert threads is None or sys.modules["torch"].get_num_threads() == threads, "torch's threads were not put back"
 
 
 @pytest.fixture(autouse=True)

@@ -140,7 +140,6 @@ def test_designs_are_blocks_of_steps_nested_when_doubled_and_apart_for_epochs():
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """600 steps in six epochs, batches of 16."""
     path = tmp_path_factory.mktemp("runs") / "long"
-    torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1600, 10, generator=generator)
     data = torch.utils.data.TensorDataset(x, x[:, :3].argmax(1))

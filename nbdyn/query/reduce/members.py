@@ -28,9 +28,10 @@ class Members:
         code: (V,) int64 number of the row's member.
         labels: a row a member: its columns, such as sample.
         scale: (V,) float64, what a contribution is multiplied by; None for contributions as they are.
-        lengths: positions a visit has at most, where members are tokens; 0 elsewhere.
-        by_token: "token" where positions of sequences are members (code counts sample x position), "position" where
-            the place in the sequence is.
+        by_token: "token" where positions of sequences are members (sample x position, `code` being the sample),
+            "position" where the place in the sequence is; "" elsewhere.
+        length: positions a visit has at most, where members are tokens or positions; 0 elsewhere.
+        notes: what is to be said of rows that belong to no member.
     """
 
     key: Array

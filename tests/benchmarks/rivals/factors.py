@@ -34,7 +34,7 @@ class Recorded(Plain):
     def begin(self, model, optimizer, loss_fn):
         import nbdyn
 
-        nbdyn.options.quiet = True
+        self._quiet, nbdyn.options.quiet = nbdyn.options.quiet, True
         options = {"cells": None} if self._per_sample else {"per_sample": False}
         self._recorder = nbdyn.record(self._path, model, optimizer, loss_fn, weights="every", **options)
 
@@ -42,7 +42,10 @@ class Recorded(Plain):
         return self._recorder.watch(loader)
 
     def close(self):
+        import nbdyn
+
         self._recorder.close()
+        nbdyn.options.quiet = self._quiet
 
 
 class Factors:
