@@ -11,7 +11,8 @@ import pandas as pd
 
 from nbdyn.query.evaluate import Array
 from nbdyn.query.source import Source
-from nbdyn.schema import GRAD_FACTOR
+from nbdyn.schema import GRAD_FACTOR, PART_GRADIENT
+from nbdyn.store import state
 
 TIMES, WINDOW, LEAST = 10.0, 100, 10
 """A gradient explodes at TIMES the layer's root-mean-square gradient, as the median over the last WINDOW steps, of
@@ -28,7 +29,8 @@ class Thresholds:
     Attributes:
         start: first step.
         limits: (steps, tensors): NEVER where fewer than LEAST steps came before.
-        norms: (steps, tensors) Euclidean norm of the tensor's gradient as backward left it; NaN where not recorded.
+        norms: (steps, tensors) Euclidean norm of the tensor's gradient as backward left it; NaN where not recorded, and
+            where the loop replaced the gradient (clipping by value, noise): its norm is that of what replaced it.
         firsts, sizes: (tensors,) of the parameters.
     """
 
@@ -48,9 +50,10 @@ def thresholds(source: Source, start: int, stop: int) -> Thresholds:
     """The thresholds of some steps, from the recorded norms of the steps before each.
 
     explode(t, layer) = 10 median over u = t-100..t-1 of RMS(layer, u), RMS = |grad| / sqrt(parameters of the layer).
-    Steps whose gradient is not finite count as infinitely large; skipped steps count as any.
+    Steps whose gradient is not finite count as infinitely large; skipped steps count as any; of steps at which the loop
+    replaced the gradient the norm of the replacement counts.
     """
-    norms = raw_norms(source)
+    norms, replaced = raw_norms(source)
     sizes = np.array([t["size"] for t in source.tensors], dtype=np.float64)
     layer = pd.factorize(np.array([str(t["layer"]) for t in source.tensors], dtype=object))[0]
     square = np.where(np.isnan(norms), np.inf, norms) ** 2
@@ -59,15 +62,21 @@ def thresholds(source: Source, start: int, stop: int) -> Thresholds:
     limits = np.full_like(rms, NEVER)
     limits[1:] = TIMES * median.fillna(NEVER).clip(upper=NEVER / TIMES).to_numpy()[:-1]
     firsts = np.array([t["first"] for t in source.tensors], dtype=np.int64)
+    norms[replaced] = np.nan
     return Thresholds(start, limits[start:stop][:, layer], norms[start:stop], firsts, sizes)
 
 
-def raw_norms(source: Source) -> Array:
-    """Norms of every step's gradient as backward left it, (steps, tensors): a recorded factor is taken back."""
+def raw_norms(source: Source) -> tuple[Array, Array]:
+    """Norms of every step's gradient, (steps, tensors), and the steps at which they are those of another gradient.
+
+    A recorded factor (clipping, a GradScaler's scale) is taken back, so that they are norms of sums of contributions.
+    """
     frame = source.read("norms", 0, source.steps)
-    norms = frame["grad_norm"].to_numpy().reshape(source.steps, len(source.tensors))
+    norms = frame["grad_norm"].to_numpy(copy=True).reshape(source.steps, len(source.tensors))
+    replaced = state.places(source.store, PART_GRADIENT)
     factor = source.store.read_scalars(0, source.steps).get(GRAD_FACTOR)
-    if factor is None:
-        return norms
-    scaled = ~np.isnan(factor) & (factor != 0)
-    return norms / np.where(scaled, factor, 1.0)[:, None]
+    if factor is not None:
+        scaled = ~np.isnan(factor) & (factor != 0)
+        back = np.where(scaled, source.store.factors.scales(0, source.steps) / np.where(scaled, factor, 1.0), 1.0)
+        norms *= back[:, None]
+    return norms, replaced[replaced < source.steps]

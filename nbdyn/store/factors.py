@@ -123,6 +123,17 @@ class Factors:
         table = self._calls().table[self._of_site[site]]
         return table[slice(*np.searchsorted(table[:, STEP], [start, stop]).tolist())]
 
+    def scales(self, start: int, stop: int) -> np.ndarray:
+        """What p.grad was multiplied by to be the sum of contributions at steps start <= t < stop, (steps,) float64.
+
+        1 over a GradScaler's scale; 1 without one, and where nothing was captured.
+        """
+        table = self._calls().table
+        table = table[slice(*np.searchsorted(table[:, STEP], [start, stop]).tolist())]
+        found = np.ones(stop - start)
+        found[table[:, STEP] - start] = np.ascontiguousarray(table[:, FACTOR]).view(np.float64)
+        return found
+
     def nbytes(self, site: int, start: int, stop: int) -> int:
         """Bytes that `blocks` would give: the tensors of a site's visits at steps start <= t < stop."""
         found = self._calls()

@@ -10,7 +10,7 @@ import numpy as np
 from nbdyn.errors import NotRecorded
 from nbdyn.schema import GRAD_FACTOR, GRAD_NORM, PART_GRADIENT
 from nbdyn.store import closed, state
-from nbdyn.store.calls import FACTOR, STEP
+from nbdyn.store.calls import STEP
 from nbdyn.store.gradient_reader import sum_over_visits
 from nbdyn.store.names import select
 from nbdyn.store.projection import is_projected
@@ -67,11 +67,10 @@ class SeenGradients:
         nothing = np.full(stop - start, np.nan)
         norms = np.stack([scalars.get(GRAD_NORM.format(number), nothing) for number in self.tensors], 1)
         self.present = np.zeros(norms.shape, bool)
-        scale = np.ones(stop - start)
-        self._sites = self._find_sites(scale)
+        self._sites = self._find_sites()
         # The recorded factor refers to what backward left, with a GradScaler's scale; contributions are without it.
         factor = scalars.get(GRAD_FACTOR, nothing)
-        self.factor = np.where(np.isnan(factor), 1.0, factor / scale)
+        self.factor = np.where(np.isnan(factor), 1.0, factor / store.factors.scales(start, stop))
         rows = self.given - start
         self.present[rows] |= norms[rows] != 0  # of tensors not captured; a given gradient has zeros for none
         self._require(norms)
@@ -111,8 +110,8 @@ class SeenGradients:
                 for step, data in rows.items():
                     values[step - start] = np.frombuffer(data, dtype)[self._parameters]
 
-    def _find_sites(self, scale: np.ndarray) -> list[tuple[int, np.ndarray]]:
-        """Sites of the parameters, each with the places of its own; fills `present`, and the factor of each step."""
+    def _find_sites(self) -> list[tuple[int, np.ndarray]]:
+        """Sites of the parameters, each with the places of its own; fills `present`."""
         found, factors = [], self._store.factors
         names = [self._store.config["tensors"][number]["name"] for number in self.tensors]
         whole = np.array([name not in factors.batch_only for name in names])
@@ -120,10 +119,8 @@ class SeenGradients:
             bounds = [np.searchsorted(self._parameters, [a, a + size]) for a, size in factors.sites[number].runs]
             where = np.concatenate([np.arange(a, b) for a, b in bounds])
             held = np.unique(self.owner[where])
-            calls = factors.calls_of(number, self.start, self.stop)
-            rows = calls[:, STEP] - self.start
+            rows = factors.calls_of(number, self.start, self.stop)[:, STEP] - self.start
             self.present[np.ix_(np.unique(rows), held[whole[held]])] = True
-            scale[rows] = np.ascontiguousarray(calls[:, FACTOR]).view(np.float64)
             found.append((number, where))
         return found
 

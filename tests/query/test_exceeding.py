@@ -177,3 +177,48 @@ def test_the_final_weights_count(tmp_path: Path):
     assert frame["step"].tolist() == list(range(121))
     found = execute(f"last 5 samples before every max |w| > {value:.6f}", run.store)["event_step"]
     assert np.unique(found).tolist() == [step for step in edges(largest > value) if step > 0]
+
+
+def _by_value(model: nn.Module) -> None:
+    nn.utils.clip_grad_value_(model.parameters(), 1e-3)
+
+
+def _by_norm(model: nn.Module) -> None:
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-2)
+
+
+@pytest.mark.parametrize("change", [_by_value, _by_norm])
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "GradScaler"])
+def test_norms_of_changed_gradients_decide_nothing_wrong(
+    tmp_path: Path, change: Callable[[nn.Module], None], scaled: bool
+):
+    """What is recorded is the norm of the gradient that the optimizer saw; cells are of what backward left."""
+    torch.manual_seed(0)
+    model, loss_fn, grads = networks.mlp(64, 12, 10), nn.CrossEntropyLoss(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=1024.0)
+    with nbdyn.record(tmp_path / "run", model, optimizer, loss_fn) as rec:
+        for _ in range(4):
+            for x, y in rec.watch(torch.utils.data.DataLoader(digits(300), 10, shuffle=True)):
+                optimizer.zero_grad()
+                with torch.autocast("cpu", torch.bfloat16, enabled=scaled):
+                    loss = loss_fn(model(x), y)
+                scaler.scale(loss).backward()
+                scaler.unscale_(optimizer)
+                assert all(p.grad is not None for p in model.parameters())
+                grads.append(torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None]).clone())
+                change(model)
+                scaler.step(optimizer)
+                scaler.update()
+    raw, store = torch.stack(grads).double().numpy(), nbdyn.open(tmp_path / "run").store
+    every = {
+        "max |grad| > {:.6f}": np.abs(raw).max(1),
+        "norm grad > {:.6f}": np.sqrt((raw**2).sum(1)),
+        "share(|grad| > 0.01) > {:.6f}": (np.abs(raw) > 0.01).mean(1),
+    }
+    for event, values in every.items():
+        ordered = np.sort(values)
+        place = int(np.argmax(np.diff(ordered[30:90]))) + 30  # where half precision moves no value across the number
+        number = (ordered[place] + ordered[place + 1]) / 2
+        found = execute(f"last 5 samples before every {event.format(number)}", store)["event_step"]
+        assert np.unique(found).tolist() == [step for step in edges(values > number) if step > 0], event
