@@ -255,7 +255,9 @@ def _reads(plan: CellPlan, source: Source) -> tuple[Read, ...]:
     count = len(plan.indices)
     if plan.index is not None:
         epochs = _whole_epochs(plan, source) or (0, 0)
-        rows = (epochs[1] - epochs[0] + 1) * (10 if plan.visits == ("class",) else 1)
+        rows = epochs[1] - epochs[0] + 1
+        if plan.visits == ("class",):
+            rows *= len(np.asarray(plan.index.classes(plan.field, *epochs, indices=plan.indices[:1])))
         nbytes = 4 * rows * count
         name = "summary/classes" if plan.visits == ("class",) else "summary/epochs"
         return (Read(source.name, name, (plan.field,), plan.start, plan.stop, rows * count, nbytes, "index",

@@ -4,6 +4,7 @@
 # pandas ships no complete types, so that the strict rules cannot hold here.
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,8 +61,7 @@ def question(plan: CellPlan, source: Source) -> Question:
     else:
         note = ""
     members = members_of(rows, tuple(kind for kind in plan.visits if kind in OF_STEPS))
-    cells = Cells(source.store, measure, pieces_of(measure.quantity, source.store), measure.quantity == "grad",
-                  _threshold(plan, source))  # fmt: skip
+    cells = Cells(source.store, measure, pieces_of(measure.quantity, source.store), _threshold(plan, source))
     return Question(cells, members, targets, (note,) if note else ())
 
 
@@ -82,7 +82,7 @@ def _of_visits(plan: CellPlan, source: Source, targets: Targets) -> Question:
         members = _by_token(members, plan, source)
     notes = (*members.notes, *filter(None, (note, unscaled)))
     pieces = unit_pieces(source.store, plan.layers, plan.measure) if plan.layers else None
-    cells = Cells(source.store, plan.measure, pieces, threshold=_threshold(plan, source), of_units=bool(plan.layers))
+    cells = Cells(source.store, plan.measure, pieces, _threshold(plan, source))
     return Question(cells, members, targets, notes)
 
 
@@ -161,7 +161,7 @@ def _by_token(members: Members, plan: CellPlan, source: Source) -> Members:
     return Members(members.key, members.code, labels, members.scale, kind, length, members.notes)
 
 
-def _threshold(plan: CellPlan, source: Source):
+def _threshold(plan: CellPlan, source: Source) -> Callable[[Array, Array], Array | float]:
     """What a share compares cells with."""
     measure = plan.measure
     if measure.condition is None:
@@ -175,8 +175,8 @@ def _threshold(plan: CellPlan, source: Source):
 
 def _displacement(plan: CellPlan, source: Source, targets: Targets) -> Question:
     """The displacement of weights, divided among visits by what each step's gradient did to it."""
-    store, groups = source.store, store_groups(source)
-    one = len(groups) == 1 and store.config["optimizer"]["name"] == "SGD"
+    store = source.store
+    one = len(store.config["optimizer"]["order"]) == 1 and store.config["optimizer"]["name"] == "SGD"
     # Under SGD the weights of a tensor share their coefficients; tensors do unless some had no gradient at a step.
     firsts = np.array([t["first"] for t in source.tensors], dtype=np.int64)
     owners = np.searchsorted(firsts, plan.indices, side="right")
@@ -198,11 +198,6 @@ def _displacement(plan: CellPlan, source: Source, targets: Targets) -> Question:
     if len(found.moved) == len(plan.indices) and len(found.moved) == 1:
         notes.append(f"w moved by {found.moved[0]:.4g}, of which visits explain {found.explained[0]:.4g}")
     return Question(Cells(store, measure, pieces), members, targets, tuple(notes))
-
-
-def store_groups(source: Source) -> list[list[str]]:
-    """The names in each of the optimizer's param groups."""
-    return source.store.config["optimizer"]["order"]
 
 
 def _weighted(source: Source, found: Attribution, parameters: Array):

@@ -25,6 +25,7 @@ from nbdyn.settings import format_size, say
 from nbdyn.store import frames, verify
 from nbdyn.store.backend import context, tiledb
 from nbdyn.store.index.build import build
+from nbdyn.store.index.plan import seconds as index_seconds
 from nbdyn.store.journal import JournalWriter
 from nbdyn.store.writer import now_ns
 from nbdyn.store.written import EdgesOf
@@ -38,9 +39,9 @@ SEGMENT_BYTES = 24_000_000
 SEGMENT_JOURNAL_BYTES = 128_000_000
 """A segment is committed once it holds so much, in memory or in its journal, which compaction takes up as one."""
 INDEX_BYTES = 32_000_000
-INDEX_SPEED, INDEX_SECONDS = 5e9, 60.0
+INDEX_SECONDS = 60.0
 """Indexes are built at close if more than so many bytes were captured of single samples (less is read as fast as an
-index), and it takes no longer than so many seconds; the speed is visits x parameters a second, on two cores."""
+index), and it takes no longer than about so many seconds."""
 ALIGNED_SECONDS = 10.0
 """Rows of every step are committed in whole tiles, unless they have waited so long."""
 
@@ -152,7 +153,7 @@ class Sink:
     def _index(self) -> None:
         """Build the indexes, unless that would keep the user waiting: it can be done at any time."""
         store = self._target.store()
-        seconds = self._committer.visits * store.parameters / INDEX_SPEED
+        seconds = index_seconds(store)
         if seconds <= INDEX_SECONDS:
             self._after_the_end("index", "the index", lambda: build(store, locked=True))
         else:

@@ -150,10 +150,10 @@ def measure_of(measure: Measure, cells: np.ndarray, limits: np.ndarray | float) 
     match measure.aggregate:
         case "sum":
             found = x.sum(0)
-        case "mean":
-            found = x.mean(0)
-        case "var":
-            found = ((x - x.mean(0)) ** 2).mean(0)
+        case "mean" | "var":
+            numbers = np.ma.masked_where(np.isnan(cells), cells)
+            numbers = abs(numbers) if measure.magnitude else numbers
+            found = np.ma.filled(numbers.mean(0) if measure.aggregate == "mean" else numbers.var(0), np.nan)
         case "norm":
             found = np.sqrt((x**2).sum(0))
         case "count":

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 import nbdyn
 from nbdyn.__main__ import main
 from nbdyn.errors import CorruptRun, Incompatible, NbdynError, RunBusy
+from nbdyn.recorder import sink
 from nbdyn.recording import index
 from nbdyn.schema import SUMMARY
 from nbdyn.store import Store, lock, metadata, verify
@@ -656,6 +657,21 @@ def test_another_version(mlp_run: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(entry, "VERSION", 2)
     assert open_index(Store(path)) is None and verify.verify(path).empty and len(verify.gc(path)) == 0
     assert build(path).first == 0
+
+
+def test_at_close_if_it_does_not_take_long(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    """The time is of the visits' cells, and of layers with several positions of each of them."""
+    monkeypatch.setattr(sink, "INDEX_BYTES", 0)
+    monkeypatch.setattr(plan, "CELL_SECONDS", 1e-3)
+    monkeypatch.setattr(plan, "PLACE_SECONDS", 1.0)
+    monkeypatch.setattr(sink, "INDEX_SECONDS", SIZE * 53e-3 * 1.01)  # an MLP of (6 + 1) x 5 + (5 + 1) x 3 weights
+    store = Store(Training(mlp).record(tmp_path / "short", 1))
+    assert plan.seconds(store) == pytest.approx(SIZE * 53e-3) and open_index(store) is not None
+    monkeypatch.setattr(nbdyn.options, "quiet", False)
+    store = Store(Training(mlp).record(tmp_path / "long", 2))
+    assert open_index(store) is None and f"python -m nbdyn index {tmp_path / 'long'}" in capsys.readouterr().out
+    of_inner, of_head = SIZE * (3 + 1) * 5 * 2, SIZE * (10 + 1) * 3 * 1e-3  # two positions; one
+    assert plan.seconds(Store(Training(sequence).record(tmp_path / "two", 1))) == pytest.approx(of_inner + of_head)
 
 
 def test_a_live_writer(mlp_run: Any) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from nbdyn.query.evaluate import Array
 from nbdyn.query.reduce.linear import Part, Rows
-from nbdyn.query.reduce.measures import BEYOND, COUNT, EXCEED, LARGEST, MAX_ABS, SUM_ABS, SUM_SQ, Condition
+from nbdyn.query.reduce.measures import BEYOND, CELLS, COUNT, EXCEED, LARGEST, MAX_ABS, SUM_ABS, SUM_SQ, Condition
 from nbdyn.query.reduce.members import PLACES, Members
 from nbdyn.query.reduce.targets import Targets
 
@@ -77,7 +77,7 @@ class _Sums:
         self._pieces = [where for where in (part.weight, part.bias) if where.size]
         by_weight = targets.kind == "weight"
         self._codes = [None if by_weight else _codes(targets.code[where]) for where in self._pieces]
-        self._double = len(operations) > 1  # a variance is the difference of two sums
+        self._double = len(set(operations) - {CELLS}) > 1  # a variance is the difference of two sums
         self._held: dict[tuple[str, int], Any] = {}
 
     def add(self, grad: Any, bias: Any, limits: Any) -> int:
@@ -104,6 +104,8 @@ class _Sums:
             return x.square()
         if name == COUNT:
             return (x != 0).float()
+        if name == CELLS:
+            return torch.ones_like(x)
         if name == EXCEED:
             bound = np.broadcast_to(np.asarray(limits), (1, max(np.shape(limits)[-1:], default=1)))[0]
             bound = bound[where] if len(bound) > 1 else bound[0]

@@ -19,6 +19,7 @@ from nbdyn.query.reduce.measures import CELLS, EXCEED, LARGEST, MAX, MAX_ABS, co
 from nbdyn.query.reduce.members import PLACES, Members, members_of
 from nbdyn.query.reduce.targets import Targets
 from nbdyn.query.tree import Measure
+from nbdyn.query.words import OF_UNITS
 from nbdyn.store import Store, frames
 
 
@@ -30,19 +31,20 @@ class Cells:
         store: the run.
         measure: what is made of them.
         pieces: parameters and members -> cells of a quantity that has one value a step; None for those of visits.
-        is_grad: whether they are those of batch gradients.
         threshold: of `share`; see `general.reduced`.
-        of_units: whether they are those of units, of which a visit may have any number: they are counted when read.
         notes: filled while cells are read.
     """
 
     store: Store
     measure: Measure
     pieces: Callable[[Array, Members], Iterator[Piece]] | None = None
-    is_grad: bool = False
     threshold: Callable[[Array, Array], Array | float] = lambda keys, indices: 0.0
-    of_units: bool = False
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def counts(self) -> bool:
+        """Whether cells are counted as they are read: a mean leaves NaN out, and of units a visit has any number."""
+        return self.measure.aggregate in ("mean", "var") or self.measure.quantity in OF_UNITS
 
 
 def measured(cells: Cells, members: Members, targets: Targets, dtype: type = np.float64) -> Array:
@@ -51,16 +53,16 @@ def measured(cells: Cells, members: Members, targets: Targets, dtype: type = np.
     Cost: one product a member and layer where `linear.divided` finds layers with one position a visit, otherwise the
     time that all cells take. Memory: two or three such matrices, and factors up to `nbdyn.options.cache`.
     """
-    names = (*operations(cells.measure), *([CELLS] if cells.of_units else []))
+    names = (*operations(cells.measure), *([CELLS] if cells.counts else []))
     shape = members.count, targets.count
     out = {name: np.full(shape, -np.inf if name in LARGEST else 0.0, dtype) for name in names}
     rest = np.arange(len(targets.indices))
     if cells.pieces is None and members.count:
         parts = products(cells, members, targets)
         for part, rows in parts:
-            _of_part(part, rows, names, targets, out)
+            _of_part(part, rows, names, members, targets, out)
         rest = without(rest, *(places for part, _ in parts for places in (part.weight, part.bias)))
-    if cells.is_grad and members.count:
+    if cells.measure.quantity == "grad" and members.count:
         rest = without(rest, _of_batches(cells, members, targets, names, out))
     if len(rest) and members.by_token:
         raise NotRecorded(
@@ -69,7 +71,7 @@ def measured(cells: Cells, members: Members, targets: Targets, dtype: type = np.
         )
     if len(rest) and members.count:
         _of_rest(cells, members, targets, rest, names, out)
-    if cells.of_units:
+    if cells.counts:
         return np.where(out[CELLS] > 0, finished(cells.measure, out, lambda: out[CELLS]), np.nan)
     return finished(cells.measure, out, lambda: counted(members, targets))
 
@@ -145,10 +147,19 @@ def _same_along_inputs(code: Array) -> bool:
 
 
 def _of_part(
-    part: linear.Part, rows: linear.Rows, names: tuple[str, ...], targets: Targets, out: dict[str, Array]
+    part: linear.Part,
+    rows: linear.Rows,
+    names: tuple[str, ...],
+    members: Members,
+    targets: Targets,
+    out: dict[str, Array],
 ) -> None:
     for name in names:
-        if targets.kind == "weight":
+        if name == CELLS:
+            held = targets.code[np.concatenate([part.weight.reshape(-1), part.bias])]
+            visits = np.bincount(members.code, minlength=members.count)
+            out[CELLS] += visits[:, None] * np.bincount(held, minlength=targets.count)[None, :]
+        elif targets.kind == "weight":
             linear.of_weights(rows, part, name, out[name])
         else:
             linear.of_targets(rows, part, name, targets.code, out[name])

@@ -211,7 +211,8 @@ def _top_of_part(rows: linear.Rows, part: linear.Part, mode: int, k: int) -> tup
     a, d = rows.a(slice(0, len(rows))), np.ascontiguousarray(rows.d(slice(0, len(rows))).T)
     full = np.diff(rows.starts) > 0
     bound = np.zeros((len(d), len(full)), np.float32)
-    bound[:, full] = np.add.reduceat(np.abs(d), rows.starts[:-1][full], axis=1)
+    # In float64: what rounding took from the sum of many rows would let the search stop too early.
+    bound[:, full] = np.add.reduceat(np.abs(d), rows.starts[:-1][full], axis=1, dtype=np.float64)
     owner = np.repeat(np.arange(len(full), dtype=np.int32), np.diff(rows.starts))
     reach, rare = _extent(a)
     starts, met = _rare_lists(a, rare, owner, np.ones(len(a), dtype=bool))
