@@ -15,6 +15,9 @@ SUMMARY = "summary"
 """The member of a run that holds its indexes: a group of arrays, and the entry of the metadata that makes them
 count."""
 
+LCA = "lca"
+"""The member of a run that holds its loss change allocations: a group of groups, one for each name."""
+
 # Parts of the `state` array: what a replay needs, keyed by (step, part).
 PART_RNG = 0  # torch's CPU generator before the forward pass, where it changed
 PART_SNAPSHOT = 1  # safetensors: optimizer state, Python/NumPy/CUDA generators; JSON: param groups, train/eval modes
@@ -28,6 +31,7 @@ WEIGHT_NORM = "weight_norm/{}"  # Euclidean norm of weights[t], every `every` st
 UPDATE_NORM = "update_norm/{}"  # Euclidean norm of dw[t] = weights[t+1] - weights[t], every `every` steps
 RESIDUAL = "residual/{}"  # max|sum of contributions - p.grad| / max|p.grad| of tensor {}, at steps where it was checked
 GRAD_FACTOR = "grad_factor"  # the number c for which seen gradient = c * raw gradient, where c != 1
+LOSS_SCALE = "loss_scale"  # a GradScaler's at the steps that have a c, which takes it back; 1 without one
 LOG = "log/{}"  # a value that the user logged under the name {}
 
 STEP_COLUMNS = (

@@ -11,8 +11,9 @@ import pandas as pd
 
 from nbdyn.query.evaluate import Array
 from nbdyn.query.source import Source
-from nbdyn.schema import GRAD_FACTOR, PART_GRADIENT
+from nbdyn.schema import PART_GRADIENT
 from nbdyn.store import state
+from nbdyn.store.seen_gradients import loop_factors
 
 TIMES, WINDOW, LEAST = 10.0, 100, 10
 """A gradient explodes at TIMES the layer's root-mean-square gradient, as the median over the last WINDOW steps, of
@@ -69,14 +70,11 @@ def thresholds(source: Source, start: int, stop: int) -> Thresholds:
 def raw_norms(source: Source) -> tuple[Array, Array]:
     """Norms of every step's gradient, (steps, tensors), and the steps at which they are those of another gradient.
 
-    A recorded factor (clipping, a GradScaler's scale) is taken back, so that they are norms of sums of contributions.
+    A recorded factor (clipping) is taken back, so that they are norms of sums of contributions.
     """
     frame = source.read("norms", 0, source.steps)
     norms = frame["grad_norm"].to_numpy(copy=True).reshape(source.steps, len(source.tensors))
     replaced = state.places(source.store, PART_GRADIENT)
-    factor = source.store.read_scalars(0, source.steps).get(GRAD_FACTOR)
-    if factor is not None:
-        scaled = ~np.isnan(factor) & (factor != 0)
-        back = np.where(scaled, source.store.factors.scales(0, source.steps) / np.where(scaled, factor, 1.0), 1.0)
-        norms *= back[:, None]
+    factor = loop_factors(source.store, 0, source.steps)
+    norms /= np.where(np.isnan(factor) | (factor == 0), 1.0, factor)[:, None]
     return norms, replaced[replaced < source.steps]

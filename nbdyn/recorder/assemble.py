@@ -18,6 +18,7 @@ from nbdyn.schema import (
     GRAD_FACTOR,
     GRAD_NORM,
     LOG,
+    LOSS_SCALE,
     LR,
     PART_BUFFER,
     PART_GRADIENT,
@@ -55,6 +56,7 @@ class StepRecord:
     update_norms: torch.Tensor | None = None
     seen_gradient: tuple[Block, int] | None = None
     raw_gradient: tuple[Block, int] | None = None
+    loss_scale: torch.Tensor | float = 1.0  # a GradScaler's, that the raw gradient has
     factor: float | None = None  # c where seen gradient = c * raw gradient, found on the writer's thread
     groups: str | None = None
     logs: dict[str, Any] = field(default_factory=dict)
@@ -176,6 +178,8 @@ class Assembler:
         factors = np.array([np.nan if r.factor in (None, 1.0) else r.factor for r in records], np.float64)
         if not np.isnan(factors).all():
             columns[GRAD_FACTOR] = factors
+            scales = [np.nan if np.isnan(c) else float(r.loss_scale) for c, r in zip(factors, records, strict=True)]
+            columns[LOSS_SCALE] = np.array(scales)
         return columns
 
     def _add_state(self, segment: Segment, record: StepRecord) -> None:
@@ -267,7 +271,7 @@ def stage(record: StepRecord) -> None:
     places: list[tuple[Any, str]] = [
         (holder, name)
         for holder, names in (
-            (record, ("norms", "weight_norms", "update_norms")),
+            (record, ("norms", "weight_norms", "update_norms", "loss_scale")),
             *((batch, ("loss", *EVALUATED)) for batch in record.batches),
         )
         for name in names

@@ -43,17 +43,12 @@ def row_dtype(parameters: list[tuple[str, nn.Parameter]]) -> str:
     return "f8" if any(p.dtype == torch.float64 for _, p in parameters) else "f4"
 
 
-def describe(
-    model: nn.Module, optimizer: torch.optim.Optimizer, loss_fn: Any, weights: str, every: int, extent: int
-) -> dict[str, Any]:
-    """The configuration stored with a run (JSON-able)."""
-    parameters = named_parameters(model)
-    owner = group_of_parameter(parameters, optimizer)
-    names = {id(p): name for name, p in parameters}
-    tensors, first = [], 0
+def tensor_entries(parameters: list[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
+    """Where each tensor stands in a flat row of weights, and what it is (JSON-able)."""
+    entries, first = [], 0
     for name, p in parameters:
         size = math.prod(p.shape)
-        tensors.append(
+        entries.append(
             {
                 "name": name,
                 "layer": name.rpartition(".")[0],
@@ -62,10 +57,20 @@ def describe(
                 "first": first,
                 "size": size,
                 "trainable": p.requires_grad,
-                "group": owner[name],
             }
         )
         first += size
+    return entries
+
+
+def describe(
+    model: nn.Module, optimizer: torch.optim.Optimizer, loss_fn: Any, weights: str, every: int, extent: int
+) -> dict[str, Any]:
+    """The configuration stored with a run (JSON-able)."""
+    parameters = named_parameters(model)
+    owner = group_of_parameter(parameters, optimizer)
+    names = {id(p): name for name, p in parameters}
+    tensors = [entry | {"group": owner[entry["name"]]} for entry in tensor_entries(parameters)]
     owners = {t["layer"] for t in tensors}
     modules = ((clean_name(name), m) for name, m in model.named_modules())
     return {
@@ -73,7 +78,7 @@ def describe(
         "tensors": tensors,
         "layers": [{"name": name, "type": type(m).__name__} for name, m in modules if name in owners],
         "buffers": [{"name": clean_name(n), "dtype": str(b.dtype), "shape": list(b.shape)} for n, b in buffers(model)],
-        "parameters": first,
+        "parameters": sum(t["size"] for t in tensors),
         "row_dtype": row_dtype(parameters),
         "row_extent": extent,
         "optimizer": {

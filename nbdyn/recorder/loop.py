@@ -19,6 +19,7 @@ from nbdyn.recorder.gradients import GradientWatch
 from nbdyn.recorder.losses import EVALUATED, Evaluator, LossProbe
 from nbdyn.recorder.pool import TensorPool
 from nbdyn.recorder.rows import RowBlocks
+from nbdyn.recorder.scaler import LossScale
 from nbdyn.recorder.watch import Batch
 
 DEFERRED_BYTES = 262_144
@@ -84,6 +85,7 @@ class Loop:
         self._evaluator = Evaluator(loss_fn)
         self.probe = None if loss_fn is None else LossProbe(loss_fn, self._on_loss)
         self._capture = capture
+        self._loss_scale = LossScale() if capture is None else capture.loss_scale
         self._watching = GradientWatch(
             self._parameters, self._on_backward, None if capture is None else capture.accumulated
         )
@@ -224,7 +226,7 @@ class Loop:
         """weights[t] and the gradient as the optimizer sees it."""
         self.seal()
         if self._capture is not None:
-            self._capture.confirm(optimizer)
+            self._loss_scale.confirm(optimizer)
         self._emit_skipped()
         record = self._prepared = StepRecord(self.step, [])
         record.lrs = self._learning_rates()
@@ -252,6 +254,7 @@ class Loop:
                 self._refused(error)
                 raise
         if changed:
+            self._loss_scale.confirm(optimizer)
             self._copy_gradient(record)
 
     def _batches_now(self) -> list[Batch]:
@@ -334,6 +337,7 @@ class Loop:
             self._watching.keep_copies()
         else:
             record.raw_gradient = self._gradients.copy(self._watching.copies)
+            record.loss_scale = self._loss_scale.of(self._loss_scale.now())  # until update() that of the backward pass
 
     def _ready(self, record: StepRecord) -> StepRecord:
         """Move small tensors into the pool, send what is on a GPU on its way, count the bytes that the record holds."""

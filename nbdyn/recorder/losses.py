@@ -48,10 +48,10 @@ class LossProbe:
 class Evaluation:
     """What is known of each sample of one or more batches, each (samples,) or None where it cannot be known.
 
-    Definition: losses[s] is the mean (for reduction "sum": the sum) of the sample's elements of the unreduced loss,
-    and the loss of a batch is sum_s losses[s] / scale. For reduction "mean" the scale is sum_s shares[s]: 1 for an
-    ordinary sample, its class weight in weighted cross-entropy, the part of its targets that ignore_index leaves;
-    for "sum" it is 1. classes[s] is the target (int32) of a classification, -1 where the loss ignores it.
+    Definition: losses[s] is the mean (for the reductions "sum" and "batchmean": the sum) of the sample's elements of
+    the unreduced loss, and the loss of a batch is sum_s losses[s] / scale. For "sum" the scale is 1, else it is sum_s
+    shares[s]: 1 for an ordinary sample, its class weight in weighted cross-entropy, the part of its targets that
+    ignore_index leaves. classes[s] is the target (int32) of a classification, -1 where the loss ignores it.
     """
 
     losses: torch.Tensor | None
@@ -74,7 +74,8 @@ class Evaluator:
     def __init__(self, loss_fn: Any) -> None:
         self._loss_fn = loss_fn
         self.is_sum = reduction_of(loss_fn) == "sum"
-        self._ignored = ignored_class(loss_fn)
+        self.adds_up = reduction_of(loss_fn) in ("sum", "batchmean")  # a sample's elements
+        self._ignored = setting(loss_fn, "ignore_index")
         self.unreduced = None if loss_fn is None else unreduced_form(loss_fn)
 
     @torch.no_grad()
@@ -88,7 +89,7 @@ class Evaluator:
             return Evaluation(None, None, *known)
         if elements.ndim > 1 or len(elements) != size:
             table = elements.reshape(size, -1)
-            elements = table.sum(1) if self.is_sum else table.mean(1)
+            elements = table.sum(1) if self.adds_up else table.mean(1)
         return Evaluation(elements, None if self.is_sum else self._shares(targets, size), *known)
 
     def _classification(
@@ -104,25 +105,34 @@ class Evaluator:
         return outputs.argmax(1) == targets, classes.masked_fill(left_out, -1).int()
 
     def _shares(self, targets: Any, size: int) -> torch.Tensor:
-        ignored = getattr(self._loss_fn, "ignore_index", None)
-        if ignored is None or targets.is_floating_point():
+        if self._ignored is None or targets.is_floating_point():
             return torch.ones(size, dtype=torch.float64, device=targets.device)
-        kept = (targets != ignored).double()
-        weight = getattr(self._loss_fn, "weight", None)
-        if weight is not None:
-            kept = kept * weight.double()[targets.clamp(min=0)]
+        left_out = targets == self._ignored
+        kept = (~left_out).double()
+        weight = setting(self._loss_fn, "weight")
+        if weight is not None:  # an ignored target need not be the number of a class
+            kept = kept * weight.double()[targets.masked_fill(left_out, 0).long()]
         return kept.reshape(size, -1).mean(1)
 
 
 def reduction_of(loss_fn: Any) -> str:
-    """The reduction of a loss: its attribute, its keyword in a partial, or "mean"."""
-    keywords = getattr(loss_fn, "keywords", {})
-    return getattr(loss_fn, "reduction", keywords.get("reduction", "mean"))
+    """The reduction of a loss, "mean" where it names none."""
+    return setting(loss_fn, "reduction") or "mean"
 
 
-def ignored_class(loss_fn: Any) -> int | None:
-    """The class that a loss leaves out: its attribute ignore_index, or its keyword in a partial; None for none."""
-    return getattr(loss_fn, "ignore_index", getattr(loss_fn, "keywords", {}).get("ignore_index"))
+def setting(loss_fn: Any, name: str) -> Any:
+    """What a loss is set to: its attribute, its keyword in a partial, or the default of a function; None for none.
+
+    >>> setting(nn.functional.cross_entropy, "ignore_index")
+    -100
+    """
+    if isinstance(loss_fn, nn.Module) or hasattr(loss_fn, name):
+        return getattr(loss_fn, name, None)
+    try:
+        parameter = inspect.signature(loss_fn).parameters.get(name)  # of a partial, with its keywords as defaults
+    except (TypeError, ValueError):  # None, or a builtin without a signature
+        return None
+    return None if parameter is None or parameter.default is parameter.empty else parameter.default
 
 
 def unreduced_form(loss_fn: Any) -> Callable[[Any, Any], torch.Tensor] | None:

@@ -18,11 +18,12 @@ from tqdm.auto import tqdm
 from nbdyn.errors import Incompatible, NotRecorded
 from nbdyn.recorder import foreach, snapshot
 from nbdyn.recorder.describe import buffers, named_parameters
-from nbdyn.schema import GRAD_FACTOR, LR, PART_GRADIENT, PART_GROUPS, PART_RNG
+from nbdyn.schema import LR, PART_GRADIENT, PART_GROUPS, PART_RNG
 from nbdyn.store import Store, frames, state
 from nbdyn.store.names import select
 from nbdyn.store.optimizer_state import read_snapshot, set_groups
 from nbdyn.store.provenance import with_provenance
+from nbdyn.store.seen_gradients import loop_factors
 
 PROGRESS_STEPS = 500
 """Replays longer than this show a progress bar."""
@@ -161,7 +162,7 @@ class Plan:
         self._rng = state.read_range(store, PART_RNG, start, stop)
         self._groups = state.read_range(store, PART_GROUPS, start, stop)
         self._gradients = state.read_range(store, PART_GRADIENT, start, stop)
-        self._factors = self._scalars.get(GRAD_FACTOR, np.full(len(self.skipped), np.nan))
+        self._factors = loop_factors(store, start, stop)
         self.replaced = [step for step in sorted(self._gradients) if np.isnan(self._factors[step - start])]
         first = state.latest(store, start, PART_RNG)
         if first is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nbdyn.errors import NotRecorded
-from nbdyn.schema import GRAD_FACTOR, GRAD_NORM, PART_GRADIENT
+from nbdyn.schema import GRAD_FACTOR, GRAD_NORM, LOSS_SCALE, PART_GRADIENT
 from nbdyn.store import closed, state
 from nbdyn.store.calls import STEP
 from nbdyn.store.gradient_reader import sum_over_visits
@@ -26,6 +26,23 @@ READ_BYTES = 16_000_000
 """Factors read at a time: cells of FEW parameters take up to about five times as much."""
 CHUNK_BYTES = 32_000_000
 """Of a window of steps: gradients of all its parameters, in float64."""
+
+
+def loop_factors(store: Store, start: int, stop: int) -> np.ndarray:
+    """What a loop multiplied its gradients with (clipping by norm) at steps start <= t < stop, (steps,) float64.
+
+    A GradScaler's scale is left out: the recorded factor refers to the gradient as backward left it, with the scale,
+    and takes that back as well. Contributions, and the gradients of a replay, never had it. Runs of an older nbdyn
+    hold no scale: there it is that of what was captured of single samples, and 1 where nothing was.
+    NaN where the gradient stayed as it was, or was replaced by another (PART_GRADIENT).
+    """
+    scalars = store.read_scalars(start, stop)
+    nothing = np.full(stop - start, np.nan)
+    factor, scale = scalars.get(GRAD_FACTOR, nothing), scalars.get(LOSS_SCALE, nothing)
+    unknown = ~np.isnan(factor) & np.isnan(scale)
+    if unknown.any():
+        scale = np.where(unknown, 1.0 / store.factors.scales(start, stop), scale)
+    return factor * scale
 
 
 class SeenGradients:
@@ -46,7 +63,7 @@ class SeenGradients:
         owner: (k,), to which of `tensors` each parameter belongs.
         skipped: steps that GradScaler skipped, (n,) bool.
         present: whether a tensor had a gradient at a step (else p.grad was None), (n, m) bool.
-        factor: (n,) float64: clipping and scaling as one number a step, 1 for none.
+        factor: (n,) float64: `loop_factors`, 1 for none.
         given: steps whose gradient was changed otherwise (clipping by value, noise) and is stored whole.
 
     Raises:
@@ -68,9 +85,8 @@ class SeenGradients:
         norms = np.stack([scalars.get(GRAD_NORM.format(number), nothing) for number in self.tensors], 1)
         self.present = np.zeros(norms.shape, bool)
         self._sites = self._find_sites()
-        # The recorded factor refers to what backward left, with a GradScaler's scale; contributions are without it.
-        factor = scalars.get(GRAD_FACTOR, nothing)
-        self.factor = np.where(np.isnan(factor), 1.0, factor / store.factors.scales(start, stop))
+        factor = loop_factors(store, start, stop)
+        self.factor = np.where(np.isnan(factor), 1.0, factor)
         rows = self.given - start
         self.present[rows] |= norms[rows] != 0  # of tensors not captured; a given gradient has zeros for none
         self._require(norms)

@@ -14,6 +14,8 @@ from torch.utils.data import TensorDataset
 import nbdyn
 from nbdyn import datasets
 from nbdyn.query import exceeding, execute
+from nbdyn.query.explode import raw_norms
+from nbdyn.query.source import Source
 from tests import networks
 from tests.query import brute
 from tests.query.brute import Trained
@@ -222,3 +224,23 @@ def test_norms_of_changed_gradients_decide_nothing_wrong(
         number = (ordered[place] + ordered[place + 1]) / 2
         found = execute(f"last 5 samples before every {event.format(number)}", store)["event_step"]
         assert np.unique(found).tolist() == [step for step in edges(values > number) if step > 0], event
+
+
+@pytest.mark.parametrize("options", [{"per_sample": False}, {}], ids=["no samples", "samples"])
+def test_norms_of_what_backward_left_do_not_need_samples(tmp_path: Path, options: dict):
+    """A GradScaler's scale is known of steps that were not captured, too."""
+    model, loss_fn, norms = networks.mlp(64, 12, 10), nn.CrossEntropyLoss(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=5)
+    with nbdyn.record(tmp_path / "run", model, optimizer, loss_fn, **options) as rec:
+        for x, y in rec.watch(torch.utils.data.DataLoader(digits(200), 10)):
+            optimizer.zero_grad()
+            scaler.scale(loss_fn(model(x), y)).backward()
+            scaler.unscale_(optimizer)
+            norms.append([float(p.grad.norm()) for p in model.parameters() if p.grad is not None])
+            _by_norm(model)
+            scaler.step(optimizer)
+            scaler.update()
+    found, replaced = raw_norms(Source(nbdyn.open(tmp_path / "run").store, ""))
+    assert replaced.tolist() == [0]  # the first changed gradient of a loop is kept whole
+    np.testing.assert_allclose(found[1:], norms[1:], rtol=1e-5)

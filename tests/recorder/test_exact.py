@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 import nbdyn
 from nbdyn.errors import Incompatible, NbdynError, NotRecorded
+from nbdyn.recorder.losses import Evaluator
 from tests import problems
 
 
@@ -113,6 +116,60 @@ def test_per_sample_losses_add_up_to_the_loss(tmp_path: Path, loss_fn: Any, refe
         np.testing.assert_allclose(each.sum() / rows["scale"][t], float(loss), rtol=1e-6)
         if reference is not None:
             np.testing.assert_allclose(reference(each), float(loss), rtol=1e-6)
+
+
+WEIGHT = torch.tensor([1.0, 0.2, 3.0, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "ignored", "options"),
+    [
+        (functional.cross_entropy, -100, {}),
+        (partial(functional.cross_entropy, ignore_index=2), 2, {"ignore_index": 2}),
+        (partial(functional.cross_entropy, weight=WEIGHT), -100, {"weight": WEIGHT}),
+        (partial(partial(functional.cross_entropy, weight=WEIGHT), ignore_index=255), 255, {"weight": WEIGHT}),
+        (nn.CrossEntropyLoss(WEIGHT, ignore_index=255), 255, {"weight": WEIGHT}),
+        (partial(functional.cross_entropy, reduction="sum"), -100, {}),
+        (lambda x, y, reduction="sum": functional.cross_entropy(x, y, reduction=reduction), -100, {}),
+        (partial(functional.cross_entropy, label_smoothing=0.3), -100, {"label_smoothing": 0.3}),
+    ],
+)
+def test_own_gradients_are_autograds_on_single_samples(
+    tmp_path: Path, loss_fn: Any, ignored: int, options: dict[str, Any]
+) -> None:
+    """Of losses with targets that they leave out: a functional one has ignore_index=-100 unless told otherwise."""
+    x, y = problems.data().tensors
+    y = torch.where(torch.arange(len(y)) % 3 == 0, ignored, y)
+    model = problems.mlp(12, 8, 4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    with nbdyn.record(tmp_path / "run", model, optimizer, loss_fn) as rec:
+        seen = problems.train(rec, model, optimizer, loss_fn, DataLoader(TensorDataset(x, y), 25, shuffle=True), 1)
+    run = nbdyn.open(rec)
+    scales = run.store.read_steps(0, len(run))["scale"]
+    for t, (before, inputs, targets, loss) in enumerate(seen):
+        nn.utils.vector_to_parameters(before, model.parameters())
+        each = run.visits.query(f"step == {t}")["loss"].to_numpy().astype(np.float64)
+        np.testing.assert_allclose(each.sum() / scales[t], float(loss), rtol=1e-6)
+        own = run.gradients[t].own().dense().values
+        for cells, sample, target in zip(own, inputs, targets, strict=True):
+            alone = {"ignore_index": ignored, **options}
+            value = functional.cross_entropy(model(sample[None]), target[None], reduction="sum", **alone)
+            gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(value, list(model.parameters()))])
+            np.testing.assert_allclose(cells, gradient, atol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean"])
+@pytest.mark.parametrize(
+    "loss_fn", [lambda r: nn.KLDivLoss(reduction=r), lambda r: partial(functional.kl_div, reduction=r)]
+)
+def test_losses_of_distributions_add_up(loss_fn: Any, reduction: str) -> None:
+    outputs, targets = torch.rand(5, 3).log_softmax(1), torch.rand(5, 3).softmax(1)
+    found = Evaluator(loss_fn(reduction))(outputs, targets, 5)
+    assert found.losses is not None and (found.shares is None) == (reduction == "sum")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch recommends batchmean
+        loss = loss_fn(reduction)(outputs, targets)
+    torch.testing.assert_close(found.losses.sum() / (1 if found.shares is None else 5), loss)
 
 
 def test_regression_has_losses_and_no_accuracy(tmp_path: Path) -> None:

@@ -99,6 +99,60 @@ def test_clipping_by_norm_is_kept_as_one_number_a_step(tmp_path: Path) -> None:
     assert (factors[~np.isnan(factors)] < 1).all()
 
 
+def _train_scaled(path: Path, change: Any, **options: Any) -> tuple[nbdyn.Run, nn.Module, list[torch.Tensor]]:
+    """A GradScaler whose scale, a power of two, doubles every 4 steps, and float32: nothing rounds."""
+    model, loss_fn = problems.mlp(12, 16, 4), nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=4)
+    weights = []
+    with nbdyn.record(path / "run", model, optimizer, loss_fn, snapshot_every=7, **options) as rec:
+        for epoch in range(5):
+            for number, (x, y) in enumerate(rec.watch(DataLoader(problems.data(), 25, shuffle=True))):
+                weights.append(problems.flat(model))
+                optimizer.zero_grad()
+                loss = loss_fn(model(x), y) * (float("inf") if (epoch, number) == (2, 1) else 1.0)
+                scaler.scale(loss).backward()
+                scaler.unscale_(optimizer)
+                if change is not None:
+                    change(model)
+                scaler.step(optimizer)
+                scaler.update()
+    return nbdyn.open(path / "run"), model, [*weights, problems.flat(model)]
+
+
+@pytest.mark.parametrize("per_sample", [True, False])
+@pytest.mark.parametrize("change", [None, _clip_norm, _clip_value])
+def test_replay_of_a_loop_with_a_scaler_is_exact(tmp_path: Path, change: Any, per_sample: bool) -> None:
+    """The recorded factor holds 1 / scale, which a replay without a scaler must not multiply by."""
+    run, model, weights = _train_scaled(tmp_path, change, per_sample=per_sample)
+    assert run.steps["skipped"].to_numpy().nonzero()[0].tolist() == [11]
+    replay = run.replay(7, 25, model, nn.CrossEntropyLoss(), problems.data())
+    assert replay.exact, replay
+    assert np.array_equal(replay.weights, torch.stack(weights[7:26]).numpy())
+    if change is _clip_norm:
+        scalars = run.store.read_scalars(0, 25)
+        known = ~np.isnan(scalars["grad_factor"])
+        assert known.sum() > 15 and np.array_equal(known, ~np.isnan(scalars["loss_scale"]))
+        clipped = (scalars["grad_factor"] * scalars["loss_scale"])[known]
+        assert set(scalars["loss_scale"][known]) >= {2.0**8, 2.0**9, 2.0**10}
+        assert (clipped <= 1).all() and (clipped > 0.05).all()
+
+
+def test_replay_of_an_older_run_takes_the_scale_from_its_captures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, model, _ = _train_scaled(tmp_path, _clip_norm)
+    monkeypatch.setattr("nbdyn.store.seen_gradients.LOSS_SCALE", "not recorded then")
+    assert run.replay(7, 25, model, nn.CrossEntropyLoss(), problems.data()).exact
+
+
+def test_a_rerun_of_a_clipped_loop_with_a_scaler(tmp_path: Path) -> None:
+    run, model, weights = _train_scaled(tmp_path, _clip_norm, per_sample=False)
+    found = nbdyn.open(run.uri, model, problems.data()).at(13).rerun(loss_fn=nn.CrossEntropyLoss())
+    assert found.notes == () and found.distance == 0.0
+    assert np.array_equal(found.w_rerun, weights[-1].numpy())
+
+
 def test_batch_norm_replays_with_its_buffers(tmp_path: Path) -> None:
     model = problems.mlp(12, 16, 4, batch_norm=True)
     run, weights = _train(tmp_path, model, torch.optim.SGD(model.parameters(), 0.1, momentum=0.9))

@@ -213,6 +213,29 @@ def test_skipped_steps_and_scaled_gradients(tmp_path: Path, clip: bool) -> None:
         assert np.abs(found.values - truth[:, indices]).max() < 1e-2 * moved
 
 
+@pytest.mark.parametrize("change", [None, clip_norm])
+def test_a_scaler_without_half_precision(tmp_path: Path, change: Callable[[nn.Module], None] | None) -> None:
+    """Its scale is a power of two: nothing rounds, and contributions are recorded without it."""
+    model = problems.mlp(12, 8, 4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=3)
+    loss_fn, weights = nn.CrossEntropyLoss(), []
+    with nbdyn.record(tmp_path / "run", model, optimizer, loss_fn, snapshot_every=9) as rec:
+        for _ in range(3):
+            for x, y in rec.watch(DataLoader(problems.data(), 30)):
+                weights.append(problems.flat(model))
+                optimizer.zero_grad()
+                scaler.scale(loss_fn(model(x), y)).backward()
+                scaler.unscale_(optimizer)
+                if change is not None:
+                    change(model)
+                scaler.step(optimizer)
+                scaler.update()
+    store = Store(tmp_path / "run")
+    found = trajectory(store, all_of(store), 0, 12)
+    assert found.residual == 0.0 and np.array_equal(found.values, torch.stack(weights).numpy())
+
+
 def test_accumulated_batches(tmp_path: Path) -> None:
     model = problems.mlp(12, 16, 4)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)

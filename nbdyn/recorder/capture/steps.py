@@ -61,7 +61,7 @@ class StepCapture:
         self.options = options
         self.arena = Arena(next((p.device for p in parameters if p.is_cuda), torch.device("cpu")))
         self._capture = Capture(model, self._tensors, self._parameters, options, self.arena, sites, say_once)
-        self._loss_scale = LossScale()
+        self.loss_scale = LossScale()
         self._check_every, self._room, self._say = check_every, room, say
         self._checked = False  # until then the whole first step is captured and looked at
         self.batches: int | None = None  # how many batches an epoch has, where that is known
@@ -89,11 +89,7 @@ class StepCapture:
 
     def loss_scales(self) -> dict[int, Tensor]:
         """What the live GradScalers multiply a loss with."""
-        return self._loss_scale.now(self._capture.half)
-
-    def confirm(self, optimizer: torch.optim.Optimizer) -> None:
-        """A step is about to be taken: it shows which GradScaler is used."""
-        self._loss_scale.confirm(optimizer)
+        return self.loss_scale.now(self._capture.half)
 
     def accumulated(self, p: Tensor, fresh: bool) -> None:
         """A backward pass has added to p.grad."""
@@ -118,7 +114,7 @@ class StepCapture:
         Raises:
             NbdynError: before the first step, if an epoch would be larger than the budget.
         """
-        entries = self._capture.collect(record.step, batches, [self._loss_scale.of(batch.scales) for batch in batches])
+        entries = self._capture.collect(record.step, batches, [self.loss_scale.of(batch.scales) for batch in batches])
         if not record.skipped:
             self._capture.forget_gradients()
         record.spans, record.arrived = self.arena.hold(), self.arena.event()
