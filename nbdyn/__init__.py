@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from nbdyn import datasets as datasets
     from nbdyn.accessor import as_frame as as_frame
     from nbdyn.accessor import dyn as dyn
+    from nbdyn.analysis.lca.checkpoints import from_checkpoints as from_checkpoints
+    from nbdyn.analysis.lca.precision import Precision as Precision
     from nbdyn.cells import WriteOut as WriteOut
     from nbdyn.folder import runs as runs
     from nbdyn.recording import record as record
@@ -32,6 +34,8 @@ _HOMES = {
     "record": "nbdyn.recording",
     "open": "nbdyn.run",
     "runs": "nbdyn.folder",
+    "from_checkpoints": "nbdyn.analysis.lca.checkpoints",
+    "Precision": "nbdyn.analysis.lca.precision",
     "Run": "nbdyn.run",
     "WriteOut": "nbdyn.cells",
     "dyn": "nbdyn.accessor",
@@ -41,7 +45,19 @@ _HOMES = {
 }
 """Where each public name lives; a name whose home is the package itself is a module."""
 
-__all__ = ["Run", "WriteOut", "as_frame", "datasets", "dyn", "open", "options", "record", "runs"]
+__all__ = [
+    "Precision",
+    "Run",
+    "WriteOut",
+    "as_frame",
+    "datasets",
+    "dyn",
+    "from_checkpoints",
+    "open",
+    "options",
+    "record",
+    "runs",
+]
 
 
 def __getattr__(name: str) -> Any:

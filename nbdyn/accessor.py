@@ -24,8 +24,8 @@ _AT_EVERY_STEP = ("loss", "lr", "grad_norm", "|grad|")
 class Dyn:
     """The next steps of a frame: draw it, show its samples, smooth it, pivot it.
 
-    A frame needs a column (or index level) "step", or a column "sample", or to be the answer of a statement. It may be
-    wide (one column a quantity) or tidy (columns "quantity" and "value"). Nothing is kept between two calls, and the
+    A frame needs a column (or index level) "step", or a column "sample", or to be one that nbdyn made. It may be wide
+    (one column a quantity) or tidy (columns "quantity" and "value"). Nothing is kept between two calls, and the
     frame is never changed; `smooth` and `wide` give new frames, so that they chain.
 
     Args:
@@ -42,7 +42,7 @@ class Dyn:
     def __init__(self, frame: pd.DataFrame) -> None:
         """Check the columns; pandas makes the accessor anew at every use, so nothing else happens here."""
         known = {"step", "sample"} & {*frame.columns, *frame.index.names}
-        if not known and "query" not in frame.attrs.get(PROVENANCE, {}):
+        if not known and not frame.attrs.get(PROVENANCE):
             present = ", ".join(map(str, frame.columns[:12])) or "no columns"
             example = next((str(c) for c in frame.columns if str(c) in ("iter", "iteration", "t", "batch")), "iter")
             # pandas shows an AttributeError to the user and leaves `dyn` out of completion.

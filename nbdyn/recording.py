@@ -35,6 +35,7 @@ def record(
     fraction: float = 1.0,
     project: int | None = None,
     cells: int | str | WriteOut | None = 64,
+    lca: Any = None,
     mode: str = "new",
     budget: str = "20 GB",
     note: str | None = None,
@@ -68,6 +69,8 @@ def record(
         project: dimension of seeded random projections of the factors of linear layers; results are then approximate.
         cells: which cells are written out one by one, too, for plain tiledb: so many of largest |c| of each tensor
             and step, or a selector ("fc3.*": all of its cells), or `nbdyn.WriteOut(...)`; None for none.
+        lca: data over whose loss every step is allocated while training goes on (see `Run.lca`; it costs one or two
+            gradients over all of it a step), or a dict of `Run.lca`'s options: {"data": train_set, "classes": True}.
         mode: "new" (an existing path gets the next free name), "resume" (go on after the last committed step)
             or "replace".
         budget: bytes on disk at which recording stops with an error; training can then go on unrecorded.
@@ -83,7 +86,12 @@ def record(
     from nbdyn.recorder.recorder import Recorder
 
     capture = capture_options(layers, every, fraction, project, cells)
-    return Recorder(
+    prepared = None
+    if lca is not None:
+        from nbdyn.analysis.lca.online import Prepared
+
+        prepared = Prepared(model, loss_fn, lca)  # before the recorder hooks the model, for it is copied
+    recorder = Recorder(
         os.fspath(path),
         model,
         optimizer,
@@ -98,6 +106,15 @@ def record(
         note=note,
         view=_live_cockpit,
     )
+    if prepared is not None:
+        from nbdyn.analysis.lca.online import Online
+
+        try:
+            Online(recorder, model, optimizer, prepared)
+        except BaseException:
+            recorder.close("interrupted")
+            raise
+    return recorder
 
 
 def compact(path: str | os.PathLike[str]) -> Compaction:

@@ -20,6 +20,8 @@ from nbdyn.thumbnails import Thumbnails, thumbnails
 if TYPE_CHECKING:
     from torch import nn
 
+    from nbdyn.analysis.lca.precision import Precision
+    from nbdyn.analysis.lca.result import Allocation
     from nbdyn.recorder.recorder import Recorder
     from nbdyn.recorder.replay import Replay
     from nbdyn.widgets.cockpit import Cockpit
@@ -118,6 +120,71 @@ class Run:
         gradients, `.total()` and `gradients.rebuild(step)` the batch gradient. See `nbdyn.store.gradients.Gradients`.
         """
         return Gradients(self.store)
+
+    def lca(
+        self,
+        data: Any = None,
+        loss_fn: Any = None,
+        model: nn.Module | None = None,
+        *,
+        name: str | None = None,
+        classes: bool = False,
+        subset: int | None = None,
+        motion: bool = False,
+        steps: tuple[int, int] | None = None,
+        precision: Precision | None = None,
+        batch_norm: str = "batch",
+        dropout: str = "off",
+        chunk: int | None = None,
+        cells: bool | None = None,
+        save: bool = True,
+        seed: int = 0,
+        progress: bool = True,
+        replace: bool = False,
+    ) -> Allocation:
+        """Loss Change Allocation: which parameter, at which step, changed the loss by how much.
+
+        A[t, i] = mean of dL/dw_i along step t x (w_i[t+1] - w_i[t]); the sum over i is L[t+1] - L[t], and what is
+        missing of it is in the result. L is the loss over all of `data`. The result is stored with the run; asked
+        again the same way it is read, and one that was stopped goes on. Without `data` and `loss_fn`, the stored one.
+
+        Cost: about one to two gradients over all of `data` a step, and little else. See docs/lca.md.
+
+        Args:
+            data: the samples of L: the training set, a validation set; a data set of (input, target) pairs, or a pair
+                (inputs, targets).
+            loss_fn: the loss, with a mean (or sum) over samples; by default that of the recorded name in torch.nn.
+            model: the network; by default that of `nbdyn.open`.
+            name: of the result among those of the run ("train", "classes" or "subset" if not given).
+            classes: also allocate the loss of each class by itself, at no further gradient.
+            subset: take so many random samples of `data`; layers then have confidence intervals.
+            motion: also divide each step's motion into gradient, noise, momentum, weight decay and Adam's scaling.
+            steps: (first, last + 1); by default all.
+            precision: how exact; see `nbdyn.Precision`.
+            batch_norm: "batch" (statistics of fixed chunks) or "running" (as recorded at snapshots).
+            dropout: "off", or "fixed" (on, the same masks everywhere).
+            chunk: samples at a time; by default measured.
+            cells: whether A of each step and parameter is kept (None: up to 2 GB), or sums alone.
+            save: whether the result is stored with the run.
+            seed: of subset and masks.
+            progress: whether a bar is shown.
+            replace: compute anew what is there.
+
+        Raises:
+            NotRecorded: if the weights between snapshots can be rebuilt in no way.
+            Incompatible: if the model is another, or the loss no mean or sum over samples.
+            NbdynError: if the name is taken by another allocation.
+        """
+        from nbdyn.analysis.lca import of_run
+
+        if data is None and loss_fn is None and (name is not None or self.data is None):
+            return of_run.open_allocation(self.store, name)
+        return of_run.lca(
+            self.store, self.data if data is None else data, loss_fn, model or self.model, train_data=self.data,
+            name=name, classes=classes, subset=subset, motion=motion, steps=steps, precision=precision,
+            batch_norm=batch_norm, dropout=dropout, chunk=chunk, cells=cells, save=save, seed=seed, progress=progress,
+            replace=replace,
+        )  # fmt: skip
 
     def note(self, text: str) -> None:
         """Write a line into the logbook, at the last committed step."""

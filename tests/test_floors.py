@@ -18,16 +18,17 @@ FLOORS = {
     "errors": 0, "schema": 0, "settings": 0, "datasets": 0, "cells": 0,
     "store": 1,
     "recorder": 2, "query": 2, "statistics": 2,
-    "analysis": 3,
-    "parallel": 4, "plots": 4, "thumbnails": 4,
-    "widgets": 5,
-    "magics": 6, "magic_options": 6, "magic_names": 6, "magic_completion": 6,
-    "accessor": 6, "run": 6, "moment": 6, "recording": 6, "folder": 6, "demo": 6, "doctor": 6,
-    "__main__": 6,
+    "plots": 3, "thumbnails": 3,
+    "analysis": 4,
+    "parallel": 5,
+    "widgets": 6,
+    "magics": 7, "magic_options": 7, "magic_names": 7, "magic_completion": 7,
+    "accessor": 7, "run": 7, "moment": 7, "recording": 7, "folder": 7, "demo": 7, "doctor": 7,
+    "__main__": 7,
 }  # fmt: skip
 """The floor of each room (a folder or a file of nbdyn). `__init__` is the door: it stands outside."""
 
-SINGLE_FILES = {0, 6}
+SINGLE_FILES = {0, 7}
 """On these floors the rooms are single files, which may also import each other, in no circle."""
 
 

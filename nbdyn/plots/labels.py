@@ -9,6 +9,7 @@ import pandas as pd
 
 LABELS = (
     "run", "tensor", "layer", "unit", "parameter", "weight", "class", "sample", "token", "position", "epoch", "step",
+    "part",
 )  # fmt: skip
 """Columns that say what a row is about."""
 BESIDES = ("rank", "group", "low", "high", "event", "event_step", "before", "seconds", "batch_size", "skipped")

@@ -84,7 +84,7 @@ class Attribution:
 
 
 @dataclass(frozen=True)
-class _Update:
+class Update:
     """The update rule of every step, see the module's docstring: each (n, c), c tensors (SGD) or parameters (Adam)."""
 
     mu: np.ndarray
@@ -127,18 +127,18 @@ def coefficients(store: Store, indices: np.ndarray, start: int, stop: int) -> At
             "Contributions to gradients are there for every optimizer: ask by sum |g|, not by net dw."
         )
     unique, back = np.unique(indices, return_inverse=True)
-    found = _Work(store, unique, start, stop).attribution()
+    found = Work(store, unique, start, stop).attribution()
     columns = found.coefficients if found.coefficients.ndim == 1 else found.coefficients[:, back]
     parts = {field: getattr(found, field)[back] for field in ("explained", "moved", "decay", "before")}
     return replace(found, coefficients=columns, **parts)
 
 
-class _Work:
+class Work:
     """What the attribution of one displacement needs, step by step from `anchor` on."""
 
     def __init__(self, store: Store, parameters: np.ndarray, start: int, stop: int) -> None:
         self._store, self._parameters, self._start, self._stop = store, parameters, start, stop
-        self._anchor, self._snapshot, self._options = _look_back(store, start, stop)
+        self._anchor, self._snapshot, self._options = look_back(store, start, stop)
         self._seen = SeenGradients(store, parameters, self._anchor, stop)
         self._owner = self._seen.owner
         self._names = [store.config["tensors"][number]["name"] for number in self._seen.tensors]
@@ -183,14 +183,14 @@ class _Work:
 
     # The update rules -------------------------------------------------------------------------------------------
 
-    def _sgd(self) -> _Update:
+    def _sgd(self) -> Update:
         """`torch.optim.SGD`, a column a tensor: the first gradient becomes the buffer as it is, undamped."""
         lr, momentum = self._column("lr"), self._column("momentum")
         nesterov = self._column("nesterov").astype(bool)
         buffered = self._active & (momentum != 0)
         there = np.array([value is not None for value in self._state("momentum_buffer")], bool)
         first = buffered & ~there & (np.cumsum(buffered, axis=0) == 1)
-        return _Update(
+        return Update(
             mu=np.where(buffered, np.where(first, 0.0, momentum), 1.0),
             nu=np.where(buffered, np.where(first, 1.0, 1.0 - self._column("dampening")), 0.0),
             alpha=np.where(buffered, np.where(nesterov, lr * momentum, lr), 0.0) * self._wanted[:, None],
@@ -199,7 +199,7 @@ class _Work:
             delta=np.zeros_like(lr),
         )
 
-    def _adam(self, gradients: np.ndarray, weights: np.ndarray | None) -> _Update:
+    def _adam(self, gradients: np.ndarray, weights: np.ndarray | None) -> Update:
         """`torch.optim.Adam` and AdamW, a column a parameter: v, and with amsgrad its maximum, as they were."""
         owner, active = self._owner, self._active
         lr, beta1, beta2, decay = (
@@ -228,7 +228,7 @@ class _Work:
         delta = np.where(active & decoupled, lr * decay, 0.0) * self._wanted[:, None]
         nu = np.where(active, 1 - beta1, 0.0)[:, owner]
         mu = np.where(active, beta1, 1.0)[:, owner]
-        return _Update(mu, nu, alpha, np.zeros_like(alpha), kappa, delta[:, owner])
+        return Update(mu, nu, alpha, np.zeros_like(alpha), kappa, delta[:, owner])
 
     def _weights(self) -> np.ndarray:
         """The weights before every step, (n, k)."""
@@ -311,7 +311,7 @@ class _Work:
         return ends[stop] - ends[start], decay
 
 
-def _look_back(store: Store, start: int, stop: int) -> tuple[int, Snapshot, list[list[dict[str, Any]]]]:
+def look_back(store: Store, start: int, stop: int) -> tuple[int, Snapshot, list[list[dict[str, Any]]]]:
     """The snapshot before which nothing of a buffer is left at `start`, and the options of every step since then."""
     back = 0
     while True:
@@ -332,7 +332,7 @@ def _persistence(group: dict[str, Any]) -> float:
     return float(group["betas"][0]) if "betas" in group else float(group["momentum"])
 
 
-def _adjoint(update: _Update) -> tuple[np.ndarray, np.ndarray]:
+def _adjoint(update: Update) -> tuple[np.ndarray, np.ndarray]:
     """Derivative of the displacement by each step's g, (n, c), and by the buffer before the first step, (c,)."""
     found = np.empty(update.alpha.shape)
     adjoint = np.zeros(update.alpha.shape[1])

@@ -288,3 +288,42 @@ def index_schemas(ctx: Any, parameters: int, tensors: int, zone_parameters: int)
         "zones": _schema(ctx, rows, [*sums("low", "high", "nearest"), crossings]),
         "events": _schema(ctx, where, [kind], sparse=True, capacity=65_536, allows_duplicates=True),
     }
+
+
+# Loss change allocation ---------------------------------------------------------------------------------------------
+
+
+def allocation_schemas(ctx: Any, shapes: dict[str, tuple[int, ...]], attributes: dict[str, dict[str, Any]]) -> Any:
+    """The arrays of an allocation, name -> schema: dense, rows of steps, or sums over all of them.
+
+    Args:
+        ctx: TileDB's context.
+        shapes: name -> extent of each dimension after the step.
+        attributes: name -> attribute -> type.
+    """
+
+    def schema(name: str) -> Any:
+        names = _AXES[name][-len(shapes[name]) :] if shapes[name] else ()
+        size = max(np.dtype(kind).itemsize for kind in attributes[name].values())
+        last = max(1, TILE_BYTES // (size * LCA_ROWS))
+        tiles = [1] * (len(names) - 1) + [last]
+        dims = [_dim(ctx, axis, n, tile) for axis, n, tile in zip(names, shapes[name], tiles, strict=False)]
+        rows = [] if name in ("parameters", "unit_groups") else [_dim(ctx, "step", MAX_STEP, LCA_ROWS)]
+        attrs = [_attr(ctx, attr, kind, filters=_packed(ctx)) for attr, kind in attributes[name].items()]
+        return _schema(ctx, rows + dims, attrs)
+
+    return {name: schema(name) for name in shapes}
+
+
+LCA_ROWS = 64
+"""Steps of a tile."""
+_AXES = {
+    "steps": (),
+    "tensors": ("tensor",),
+    "units": ("unit",),
+    "groups": ("group", "tensor"),
+    "parts": ("part", "tensor"),
+    "cells": ("parameter",),
+    "parameters": ("parameter",),
+    "unit_groups": ("group", "unit"),
+}

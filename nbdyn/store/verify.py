@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 
 from nbdyn.errors import NbdynError, RunBusy
-from nbdyn.schema import ARRAYS, CAPTURE, PART_SNAPSHOT, SUMMARY
-from nbdyn.store import calls, frames, journal, leftovers, lock, state, streams
+from nbdyn.schema import ARRAYS, CAPTURE, LCA, PART_SNAPSHOT, SUMMARY
+from nbdyn.store import allocations, calls, frames, journal, leftovers, lock, state, streams
 from nbdyn.store.backend import basename, context, join, normalize, object_type, reading, tiledb
 from nbdyn.store.index import entry as index_entry
 from nbdyn.store.index.read import open_index
@@ -55,6 +55,7 @@ def verify(uri: str, chunk: int = 4096) -> pd.DataFrame:
     except NbdynError as error:
         captured = [("factors", -1, str(error))]
     findings += _check_index(store)
+    findings += [(LCA, -1, problem) for problem in allocations.check(store.uri)]
     known = {problem for _, _, problem in findings}  # damaged visits are met again by every site
     for finding in captured:
         if finding[2] not in known:
@@ -221,6 +222,7 @@ def collect(store: Store) -> pd.DataFrame:
         removed += leftovers.of_segments(store.uri, store.timestamp)
         removed += leftovers.of_compaction(store.uri)
         removed += index_entry.clean(store.uri)
+        removed += allocations.clean(store.uri)
     except tiledb().TileDBError as error:
         raise NbdynError(f"cannot clean {store.uri}: {error}. Is it a place that you can write?") from error
     return pd.DataFrame(removed, columns=["array", "fragment", "reason"])
@@ -237,12 +239,12 @@ def delete(uri: str) -> None:
     if object_type(uri) != "group":
         raise NbdynError(f"{uri} is no run; nbdyn deletes nothing else. Choose another path.")
     _, members = read_group(uri)
-    if not members <= {*ARRAYS, *CAPTURE, SUMMARY} or not members >= {"steps", "visits"}:
+    if not members <= {*ARRAYS, *CAPTURE, SUMMARY, LCA} or not members >= {"steps", "visits"}:
         raise NbdynError(f"{uri} is a TileDB group but no run; nbdyn deletes nothing else. Choose another path.")
     if lock.is_held(uri):
         raise RunBusy(f"{basename(uri)} is being recorded by {lock.holder(uri)}; it cannot be replaced now.")
     vfs = tiledb().VFS(ctx=context(uri))
-    known = {*ARRAYS, *CAPTURE, SUMMARY, journal.FOLDER, lock.LOCK_NAME}
+    known = {*ARRAYS, *CAPTURE, SUMMARY, LCA, journal.FOLDER, lock.LOCK_NAME}
     foreign = [name for name in map(basename, vfs.ls(uri)) if name not in known and not name.startswith("__")]
     if foreign:
         raise NbdynError(f"{uri} holds {foreign[0]}, which nbdyn did not write; move it elsewhere, then replace it.")

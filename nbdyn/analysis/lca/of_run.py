@@ -1,0 +1,180 @@
+"""Loss change allocation of a recorded run: what `run.lca` does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from nbdyn.analysis.lca.compute import Split, Task, read
+from nbdyn.analysis.lca.engine import StepAllocation
+from nbdyn.analysis.lca.losses import loss_of
+from nbdyn.analysis.lca.motion import Motion
+from nbdyn.analysis.lca.objective import Objective
+from nbdyn.analysis.lca.paths import Path, RunPath
+from nbdyn.analysis.lca.precision import Precision
+from nbdyn.analysis.lca.result import Allocation
+from nbdyn.analysis.lca.rules import ADAPTIVE, RULES
+from nbdyn.analysis.lca.samples import samples_of
+from nbdyn.errors import Incompatible, NbdynError
+from nbdyn.recorder.describe import named_parameters
+from nbdyn.settings import format_size, say
+from nbdyn.store import Store, allocations
+from nbdyn.store.allocations import Archive
+
+CELLS_BYTES = 2_000_000_000
+"""Where nothing is said, A of every step and parameter is kept up to so many bytes."""
+
+
+def lca(
+    store: Store,
+    data: Any,
+    loss_fn: Any = None,
+    model: nn.Module | None = None,
+    *,
+    name: str | None = None,
+    train_data: Any = None,
+    classes: bool = False,
+    subset: int | None = None,
+    motion: bool = False,
+    steps: tuple[int, int] | None = None,
+    precision: Precision | None = None,
+    batch_norm: str = "batch",
+    dropout: str = "off",
+    chunk: int | None = None,
+    cells: bool | None = None,
+    save: bool = True,
+    seed: int = 0,
+    progress: bool = True,
+    replace: bool = False,
+) -> Allocation:
+    """Allocate the change of a loss along a recorded run; see `nbdyn.Run.lca` for the arguments."""
+    if model is None:
+        raise Incompatible("LCA needs the network: nbdyn.open(path, model=model), or run.lca(data, loss_fn, model).")
+    check_model(store, model)
+    loss_fn = loss_of(store, loss_fn)
+    samples = samples_of(data, classes=classes, subset=subset, seed=seed, progress=progress)
+    objective = Objective(model, loss_fn, samples, batch_norm=batch_norm, dropout=dropout, chunk=chunk, seed=seed)
+    start, stop = (0, store.steps_committed) if steps is None else steps
+    path = RunPath(store, start, stop, model, loss_fn, train_data)
+    task = Task(
+        path=path,
+        objective=objective,
+        precision=precision or Precision(),
+        tensors=store.config["tensors"],
+        cells=keep_cells(store.parameters, stop - start, cells),
+        decay=decay_of(store),
+        archive=Archive(store.uri, name_of(classes, subset) if name is None else name) if save else None,
+    )
+    if motion:
+        task.parts, task.split = _split(store, path, task.precision)
+    rows, sums = task.run(progress, replace)
+    found = Allocation(rows, sums, task.spec(), task.labels(), task.tensors, task.archive, store.name)
+    found.warn()
+    return found
+
+
+def of_path(
+    path: Path,
+    model: nn.Module,
+    data: Any,
+    loss_fn: Any,
+    tensors: Sequence[Mapping[str, Any]],
+    name: str,
+    *,
+    classes: bool,
+    subset: int | None,
+    precision: Precision | None,
+    batch_norm: str,
+    dropout: str,
+    chunk: int | None,
+    cells: bool | None,
+    seed: int,
+    progress: bool,
+) -> Allocation:
+    """Allocate the change of a loss along any path of weights, in memory; see `Checkpoints.lca`."""
+    samples = samples_of(data, classes=classes, subset=subset, seed=seed, progress=progress)
+    objective = Objective(model, loss_fn, samples, batch_norm=batch_norm, dropout=dropout, chunk=chunk, seed=seed)
+    keep = keep_cells(objective.parameters, len(path.steps) - 1, cells)
+    task = Task(path, objective, precision or Precision(), tensors, keep)
+    rows, sums = task.run(progress)
+    found = Allocation(rows, sums, task.spec(), task.labels(), tensors, None, name)
+    found.warn()
+    return found
+
+
+def check_model(store: Store, model: nn.Module) -> None:
+    """Raise Incompatible unless a model has the parameters of a run."""
+    mine = [(name, list(p.shape)) for name, p in named_parameters(model)]
+    theirs = [(t["name"], t["shape"]) for t in store.config["tensors"]]
+    for (name, shape), (other, wanted) in zip(mine, theirs, strict=False):
+        if (name, shape) != (other, wanted):
+            raise Incompatible(f"{name} {shape} stands where the run has {other} {wanted}; give the recorded model.")
+    if len(mine) != len(theirs):
+        raise Incompatible(f"this model has {len(mine)} tensors, the run {len(theirs)}; give the recorded model.")
+
+
+def open_allocation(store: Store, name: str | None) -> Allocation:
+    """An allocation that is stored with a run; the only one if no name is given.
+
+    Raises:
+        Incompatible: if there is none of this name, or none or several.
+    """
+    known = allocations.names(store.uri)
+    if name is None and len(known) == 1:
+        name = known[0]
+    if name not in known:
+        there = f"it has {', '.join(known)}" if known else "it has none"
+        raise Incompatible(f"{store.name}: which allocation? {there}; run.lca(data, loss_fn) computes one.")
+    archive = Archive(store.uri, name)
+    entry = archive.entry()
+    assert entry is not None
+    if entry.status != "complete":
+        say(f"{name!r} was not finished: it covers {entry.done:,} steps.")
+    rows, sums = read(archive)
+    return Allocation(rows, sums, entry.spec, entry.labels, store.config["tensors"], archive, store.name)
+
+
+def decay_of(store: Store) -> np.ndarray | None:
+    """The L2 weight decay of each parameter, (P,); None without, or where it is decoupled from the gradient (AdamW).
+
+    Options that a scheduler changed on the way are taken as they were at the start.
+    """
+    optimizer = store.config["optimizer"]
+    rates = [group.get("weight_decay", 0.0) for group in optimizer["groups"]]
+    decoupled = optimizer["name"] == "AdamW" or any(g.get("decoupled_weight_decay") for g in optimizer["groups"])
+    if not any(rates) or decoupled:
+        return None
+    of_tensor = [rates[t["group"]] if t["group"] >= 0 else 0.0 for t in store.config["tensors"]]
+    return np.repeat(of_tensor, [t["size"] for t in store.config["tensors"]])
+
+
+def name_of(classes: bool, subset: int | None) -> str:
+    """The name of an allocation that was given none."""
+    return "classes" if classes else "subset" if subset is not None else "train"
+
+
+def keep_cells(parameters: int, steps: int, cells: bool | None) -> bool:
+    """Whether A of each step and parameter is kept: as asked, or by its size."""
+    nbytes = 4 * steps * parameters
+    if cells is None and nbytes > CELLS_BYTES:
+        say(
+            f"A of {steps:,} steps and {parameters:,} parameters would be {format_size(nbytes)}: sums and counts "
+            "are kept, single cells are not (cells=True keeps them)."
+        )
+    return nbytes <= CELLS_BYTES if cells is None else cells
+
+
+def _split(store: Store, path: RunPath, precision: Precision) -> tuple[tuple[str, ...], Split]:
+    """The parts of the motion, and what divides it at each step."""
+    if precision.integrator != ADAPTIVE and 0.0 not in RULES[precision.integrator][0]:
+        raise NbdynError(f"motion=True needs the gradient before each step, which {precision.integrator!r} leaves out.")
+    motion = Motion(store, int(path.steps[0]), int(path.steps[-1]))
+
+    def split(place: int, found: StepAllocation, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+        assert found.grad is not None
+        return motion.parts(int(path.steps[place]), before, after, found.grad).values
+
+    return motion.names, split
