@@ -1,9 +1,12 @@
-"""Loss change allocation beside the paper's figures and procedure: `python -m tests.benchmarks.lca fc | classes | cost | resnet`.
+"""Loss change allocation beside the paper's figures and procedure.
 
-`fc`: MNIST-FC as in the paper (784-100-50-10, 55,000 images, batch 250, 880 steps) with three optimizers, beside its
-tables S1 and S2. `classes`: the same with classes: synchronization, specialization and so on, with pictures. `cost`: gradients and time against the paper's procedure and against the bare gradients. `resnet`: a
-small ResNet on 5,000 images, seeds by treatments of its last layer; add `--jobs 2` to use both cores. Runs and results
-stay in `--folder`, and what is there is not computed again.
+    python -m tests.benchmarks.lca fc          # MNIST-FC with three optimizers beside the paper's tables S1 and S2
+    python -m tests.benchmarks.lca classes     # the same by class: synchronization, specialization, ...; pictures
+    python -m tests.benchmarks.lca cost        # gradients and time beside the paper's procedure, and bare gradients
+    python -m tests.benchmarks.lca resnet      # which layers hurt: seeds by treatments of the last layer
+
+MNIST-FC is 784-100-50-10 on 55,000 images, batch 250, 880 steps. The ResNet trains on 5,000 images; `--jobs 2` uses
+both cores. Runs and results stay in `--folder`, and what is there is not computed again.
 """
 
 from __future__ import annotations
