@@ -117,7 +117,9 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, error: BaseException | N
 # The same as in memory ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"classes": True}, {"cells": False}, {"motion": True}, {"subset": 40}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"classes": True}, {"cells": False}, {"motion": True}, {"subset": 40}], ids=str
+)
 def test_stored_reopened_and_in_memory_are_equal(path: Path, options: dict[str, Any]) -> None:
     stored, memory = allocate(path, name="one", **options), allocate(path, save=False, **options)
     same(stored, memory)
@@ -147,7 +149,8 @@ def test_what_is_there_is_read_not_computed(path: Path, monkeypatch: pytest.Monk
     ("options", "differ"),
     [
         ({"precision": Precision("boole")}, "precision"), ({"steps": (0, 5)}, "steps"), ({"cells": False}, "cells"),
-        ({"classes": True}, "objective"), ({"motion": True}, "parts"), ({"loss": nn.CrossEntropyLoss(torch.ones(4) * 2)}, "objective"),
+        ({"classes": True}, "objective"), ({"motion": True}, "parts"),
+        ({"loss": nn.CrossEntropyLoss(torch.ones(4) * 2)}, "objective"),
     ],
 )  # fmt: skip
 def test_a_name_means_one_allocation(path: Path, options: dict[str, Any], differ: str) -> None:
@@ -171,7 +174,11 @@ def test_a_name_means_one_allocation(path: Path, options: dict[str, Any], differ
                                      {"precision": Precision(tolerance=1e-5)}], ids=str)  # fmt: skip
 @pytest.mark.parametrize("after", [1, 5, 7])
 def test_an_interrupted_one_goes_on(
-    normed: Path, after: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    normed: Path,
+    after: int,
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = normed
     whole = allocate(path, name="whole", **options)
@@ -351,7 +358,7 @@ def test_a_damaged_entry_is_told_and_can_be_replaced(done: Path, changes: dict[s
         nbdyn.open(path).lca(name="one")
     assert "lca" in verify.verify(str(path))["array"].tolist()
     good = nbdyn.open(path).lca(name="good")  # the others are whole
-    same(allocate(path, name="one", replace=True), good)
+    same(allocate(path, name="one", replace=True), good, 1e-6)
     assert verify.verify(str(path)).empty and verify.gc(str(path)).empty
 
 
@@ -387,7 +394,9 @@ def damage(array: Path, how: str) -> None:
 def test_a_hole_in_the_middle_is_found(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compute, "COMMIT_SECONDS", 0.0)
     allocate(path, name="one")
-    fragments = sorted((path / "lca" / "one" / "cells" / "__fragments").iterdir(), key=lambda f: int(f.name.split("_")[2]))
+    fragments = sorted(
+        (path / "lca" / "one" / "cells" / "__fragments").iterdir(), key=lambda f: int(f.name.split("_")[2])
+    )
     (path / "lca" / "one" / "cells" / "__commits" / f"{fragments[4].name}.wrt").unlink()
     shutil.rmtree(fragments[4])
     assert verify.verify(str(path))["array"].tolist() == ["lca"]
@@ -412,9 +421,9 @@ def test_which_one_is_asked(path: Path) -> None:
         run.lca()
     allocate(path, name="a", steps=(0, 2))
     allocate(path, name="b.2_x-y", steps=(0, 2))
-    with pytest.raises(Incompatible, match="it has a, b.2_x-y"):
+    with pytest.raises(Incompatible, match=r"it has a, b\.2_x-y"):
         run.lca()
-    with pytest.raises(Incompatible, match="it has a, b.2_x-y"):
+    with pytest.raises(Incompatible, match=r"it has a, b\.2_x-y"):
         run.lca(name="c")
     assert len(run.lca(name="b.2_x-y")) == 2
 

@@ -203,7 +203,7 @@ def test_tolerances_are_honoured(kind: type[nn.Module]) -> None:
 def test_a_smaller_tolerance_costs_more_and_gives_more() -> None:
     objective = network(nn.ReLU)
     weights = points(2, objective.parameters)
-    found = [allocate(objective, weights, Precision(tolerance=t, most=500))[0] for t in (1e-1, 1e-3, 1e-5)]
+    found = [allocate(objective, weights, Precision(tolerance=t, total=1.0, most=2000))[0] for t in (1e-1, 1e-3, 1e-5)]
     assert all(abs(step.residual) <= t for step, t in zip(found, (1e-1, 1e-3, 1e-5), strict=True))
     assert found[0].nodes < found[1].nodes < found[2].nodes
     fine = allocate(objective, weights, Precision("trapezoid", 2000))[0].cells

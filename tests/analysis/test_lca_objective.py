@@ -156,7 +156,9 @@ def test_a_last_chunk_of_one_sample_joins_the_one_before() -> None:
     objective = Objective(model, nn.CrossEntropyLoss(), samples_of((inputs(), labels())), chunk=23)  # 23 + 23 + 23 + 1
     model.train()
     put(model, w)
-    parts = [F.cross_entropy(model(inputs()[a:b]), labels()[a:b], reduction="sum") for a, b in ((0, 23), (23, 46), (46, 70))]
+    parts = [
+        F.cross_entropy(model(inputs()[a:b]), labels()[a:b], reduction="sum") for a, b in ((0, 23), (23, 46), (46, 70))
+    ]
     assert objective(w).loss == pytest.approx(float(torch.stack(parts).sum().detach()) / SIZE, rel=1e-12)
 
 
@@ -292,7 +294,10 @@ def test_nothing_of_the_user_changes() -> None:
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     for p, g in zip(model.parameters(), grads, strict=True):
         assert (p.grad is None and g is None) or torch.equal(p.grad, g)
-    assert found.loss == Objective(model, loss_fn, samples_of((inputs(), labels())), dropout="fixed")(elsewhere(model)).loss
+    assert (
+        found.loss
+        == Objective(model, loss_fn, samples_of((inputs(), labels())), dropout="fixed")(elsewhere(model)).loss
+    )
 
 
 def test_autocast_around_it_changes_nothing() -> None:

@@ -65,7 +65,9 @@ class Walk:
         self.decay = rng.random(size) * 0.1
         self.parts = rng.normal(size=(STEPS, PARTS, size))
         allocator = Allocator(self.objective, Precision(rule))
-        self.steps: list[StepAllocation] = [allocator.step(a, b) for a, b in zip(self.weights, self.weights[1:], strict=False)]
+        self.steps: list[StepAllocation] = [
+            allocator.step(a, b) for a, b in zip(self.weights, self.weights[1:], strict=False)
+        ]
         self.cells = np.stack([step.cells for step in self.steps])
 
     def totals(self, **options: Any) -> tuple[Rows, Totals]:
@@ -179,7 +181,9 @@ def test_what_is_not_asked_for_is_not_there() -> None:
     rows = Rows.joined([totals.add(s, w) for s, w in zip(walk.steps, walk.weights[1:], strict=True)])
     assert rows.cells.shape == (STEPS, 0) and rows.groups.shape == rows.parts.shape == (STEPS, 0, len(walk.tensors))
     assert not rows.tensors["decay"].any() and totals.sums["unit_groups"]["value"].shape[0] == 0
-    back = Rows.from_columns({name: v for name, v in rows.columns().items() if name not in ("groups", "parts", "cells")})
+    back = Rows.from_columns(
+        {name: v for name, v in rows.columns().items() if name not in ("groups", "parts", "cells")}
+    )
     assert all(getattr(back, n).shape == getattr(rows, n).shape for n in ("units", "groups", "parts", "cells"))
 
 

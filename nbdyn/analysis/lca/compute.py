@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -137,16 +138,18 @@ class Task:
         Args:
             entry: what is there of it, in the archive; None for nothing.
         """
-        done, sums, allocator = 0, {}, Allocator(self.objective, self.precision)
+        done, sums, allocator, last = 0, {}, Allocator(self.objective, self.precision), None
         if entry is not None and entry.done:
             assert self.archive is not None
             rows, sums = read(self.archive)
             done, first = len(rows), float(rows.steps["loss"][0])
             losses = np.concatenate([rows.steps["loss"], rows.steps["loss_after"]])
-            allocator.go_on(first, float(np.abs(losses - first).max()), float(rows.steps["residual"].sum()))
+            last = float(rows.steps["loss_after"][-1])
+            finite = np.abs(losses - first)[np.isfinite(losses - first)]
+            allocator.go_on(first, float(finite.max(initial=0.0)), float(np.nansum(rows.steps["residual"])))
         totals = Totals(self.tensors, self.cells, self.decay, self.objective.samples.groups, sums)
         writer = None if self.archive is None else Writer(self, self.archive, totals, begun=done > 0)
-        return Progress(self, done, allocator, totals, writer)
+        return Progress(self, done, allocator, totals, writer, last)
 
     def _go_through(self, progress: Progress, bar: bool) -> None:
         """Allocate the steps that are missing; what was computed is written whatever happens."""
@@ -176,6 +179,7 @@ class Progress:
         task: what is computed.
         done: steps that are there.
         allocator, totals, writer: what allocates, adds up and writes (None: everything stays in memory).
+        last: L after the step before, where an earlier computation ended there.
     """
 
     task: Task
@@ -183,6 +187,7 @@ class Progress:
     allocator: Allocator
     totals: Totals
     writer: Writer | None
+    last: float | None = None
 
     def advance(self, before: Array, after: Array, buffers: Callable[[], dict[str, Any]]) -> None:
         """Allocate the next step.
@@ -197,6 +202,9 @@ class Progress:
         if running and objective.load_buffers(buffers()):
             self.allocator.buffers_changed()
         found = self.allocator.step(before, after)
+        if running and self.last is not None:
+            found = dataclasses.replace(found, drift=found.loss - self.last)
+        self.last = None
         parts = None if self.task.split is None else self.task.split(self.done, found, before, after)
         self.task.keep(self.totals.add(found, after, parts))
         self.done += 1

@@ -133,7 +133,7 @@ class Allocator:
             return nodes[s]
 
         if self.precision.integrator == ADAPTIVE:
-            rule = refined(at, self._enough(at(0.0).loss, at(1.0).loss), self.precision.most)
+            rule = refined(at, self._enough(at(0.0).loss, at(1.0).loss), self.precision.most, self._epsilon)
         else:
             rule = fixed(self.precision.integrator, self.precision.splits)
         values = {s: at(s).value for s in dict.fromkeys((0.0, *rule.weights, 1.0))}
@@ -141,6 +141,10 @@ class Allocator:
         self._end, self._drift = (after, values[1.0]), 0.0
         self.missed += found.residual if math.isfinite(found.residual) else 0.0
         return found
+
+    @property
+    def _epsilon(self) -> float:
+        return float(np.finfo(self.objective.dtype).eps)
 
     @property
     def _ends(self) -> bool:
@@ -163,8 +167,9 @@ class Allocator:
         the room that is left, or bring the sum nearer to 0. So most steps get by with the trapezoid or Simpson's rule.
         """
         precision = self.precision
-        self._first = loss if math.isnan(self._first) else self._first
-        self._largest = max(self._largest, abs(loss - self._first), abs(loss_after - self._first))
+        self._first = self._first if math.isfinite(self._first) else loss
+        changes = (abs(value - self._first) for value in (loss, loss_after))
+        self._largest = max(self._largest, *(change for change in changes if math.isfinite(change)), 0.0)
         limit, before = precision.total * self._largest, abs(self.missed)
 
         def enough(missed: float, residual: float) -> bool:

@@ -13,8 +13,6 @@ import numpy as np
 
 from nbdyn.errors import NbdynError, did_you_mean
 
-STALLED = 3
-"""Refinements that have to halve what is missed, or they end."""
 _GAUSS = 0.5 * math.sqrt(0.6)
 RULES: dict[str, tuple[tuple[float, ...], tuple[float, ...], int]] = {
     "first order": ((0.0,), (1.0,), 1),
@@ -124,29 +122,26 @@ class _Part:
         return [_Part(self.a, middle, True), _Part(middle, self.b, True)]
 
 
-def refined(at: Callable[[float], Point], enough: Callable[[float, float], bool], most: int) -> Quadrature:
+def refined(
+    at: Callable[[float], Point], enough: Callable[[float, float], bool], most: int, epsilon: float
+) -> Quadrature:
     """The trapezoid rule, refined where it is least exact until it is exact enough.
 
     What a part of the step misses is known exactly, since the loss is known at every node: L(b) - L(a) less the
     quadrature of the slopes. The part that misses most gets its middle (Simpson's rule), then is halved, until it is
     enough.
 
-    It ends, too, where refining no longer helps: the last STALLED times did not halve what is missed. That is
-    rounding in the network's own arithmetic.
-
     Args:
         at: the point at s; asked once for each node. 0 and 1 are asked first.
         enough: enough(missed, residual): `missed` is the sum of |what a part misses|, so that parts do not hide one
             another's error; `residual` that of the signed ones, the residual of the step.
         most: nodes at most; refinement stops there.
+        epsilon: of the network's arithmetic: what is missed is not refined below epsilon times the loss.
     """
     points = {0.0: at(0.0), 1.0: at(1.0)}
     parts = {part: part.residual(points) for part in [_Part(0.0, 1.0)]}
-    history: list[float] = []
-    while not enough(missed := sum(map(abs, parts.values())), sum(parts.values())):
-        history.append(missed)
-        if len(history) > STALLED and missed > history[-1 - STALLED] / 2:
-            break
+    rounding = epsilon * max(abs(point.loss) for point in points.values())
+    while not enough(missed := sum(map(abs, parts.values())), sum(parts.values())) and missed > rounding:
         worst = max(parts, key=lambda part: abs(parts[part]))
         finer = worst.finer()
         new = [(part.a + part.b) / 2 for part in finer]
