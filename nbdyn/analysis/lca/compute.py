@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from nbdyn.analysis.lca.engine import Allocator, StepAllocation
 from nbdyn.analysis.lca.objective import Objective
-from nbdyn.analysis.lca.paths import Path
+from nbdyn.analysis.lca.paths import Extent, Path
 from nbdyn.analysis.lca.precision import Precision
 from nbdyn.analysis.lca.totals import Rows, Sums, Totals
 from nbdyn.errors import NbdynError
@@ -35,7 +35,7 @@ class Task:
     """What to compute, and where it goes.
 
     Attributes:
-        path: the weights.
+        extent: where the path lies.
         objective: the loss.
         precision: how exact.
         tensors: as in a run's configuration.
@@ -46,7 +46,7 @@ class Task:
         archive: None to keep everything in memory.
     """
 
-    path: Path
+    extent: Extent
     objective: Objective
     precision: Precision
     tensors: Sequence[Mapping[str, Any]]
@@ -62,7 +62,7 @@ class Task:
         return {
             "objective": self.objective.describe(),
             "precision": asdict(self.precision),
-            "steps": self.path.extent,
+            "steps": self.extent.extent,
             "cells": self.cells,
             "parts": list(self.parts),
         }
@@ -71,7 +71,7 @@ class Task:
         """Names of what the arrays hold."""
         samples = self.objective.samples
         return {
-            "steps": self.path.labels,
+            "steps": self.extent.labels,
             "kind": samples.kind,
             "groups": list(samples.names),
             "shares": self.objective.shares.tolist() if samples.groups else [],
@@ -81,7 +81,7 @@ class Task:
             "version": package_version(),
         }
 
-    def run(self, progress: bool = True, replace: bool = False) -> tuple[Rows, Sums]:
+    def run(self, path: Path, progress: bool = True, replace: bool = False) -> tuple[Rows, Sums]:
         """Compute what is missing; rows of all steps, and what is summed over them.
 
         Raises:
@@ -89,18 +89,23 @@ class Task:
         """
         if self.archive is None:
             whole = self.begin(None)
-            self._go_through(whole, progress)
+            self._go_through(path, whole, progress)
             return Rows.joined(self._waiting), whole.totals.sums
+        if not replace and self._is_done(self._known(self.archive, path), path):
+            return read(self.archive)
         self.archive.lock()
         try:
-            entry = None if replace else self._known(self.archive)
-            if entry is None or entry.status != "complete" or entry.done < len(self.path.steps) - 1:
-                if entry is not None:
-                    self.archive.clean()
-                self._go_through(self.begin(entry), progress)
+            entry = None if replace else self._known(self.archive, path)
+            if entry is not None:
+                self.archive.clean()
+            if not self._is_done(entry, path):
+                self._go_through(path, self.begin(entry), progress)
         finally:
             self.archive.close()
         return read(self.archive)
+
+    def _is_done(self, entry: Entry | None, path: Path) -> bool:
+        return entry is not None and entry.status == "complete" and entry.done == len(path.steps) - 1
 
     def keep(self, rows: Rows) -> None:
         """Rows that are to be written, or to be given in the end."""
@@ -116,13 +121,13 @@ class Task:
         """Bytes of cells that wait."""
         return sum(rows.cells.nbytes for rows in self._waiting)
 
-    def _known(self, archive: Archive) -> Entry | None:
-        """What is there of this very task; what was allocated while training went on counts, too."""
+    def _known(self, archive: Archive, path: Path) -> Entry | None:
+        """What is there of this very task, or of its first steps: the run may have gone on since."""
         entry, mine = archive.entry(), self.spec()
         if entry is None:
             return None
         theirs = entry.spec
-        if theirs.get("steps") == mine["steps"][:1] and entry.done < len(self.path.steps):
+        if theirs["steps"][:1] == mine["steps"][:1] and entry.done < len(path.steps):
             theirs = theirs | {"steps": mine["steps"]}
         if theirs != mine:
             other = [key for key in mine if mine[key] != theirs.get(key)]
@@ -151,15 +156,15 @@ class Task:
         writer = None if self.archive is None else Writer(self, self.archive, totals, begun=done > 0)
         return Progress(self, done, allocator, totals, writer, last)
 
-    def _go_through(self, progress: Progress, bar: bool) -> None:
+    def _go_through(self, path: Path, progress: Progress, bar: bool) -> None:
         """Allocate the steps that are missing; what was computed is written whatever happens."""
-        count, done = len(self.path.steps) - 1, progress.done
-        rows = self.path.rows(done)
+        count, done = len(path.steps) - 1, progress.done
+        rows = path.rows(done)
         before = next(rows)
         try:
             with tqdm(total=count, initial=done, desc="allocating", unit="step", leave=False, disable=not bar) as shown:
                 for place, after in enumerate(rows, done):
-                    progress.advance(before, after, functools.partial(self.path.buffers, place))
+                    progress.advance(before, after, functools.partial(path.buffers, place))
                     before = after
                     shown.update()
         except BaseException:

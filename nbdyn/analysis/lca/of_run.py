@@ -60,7 +60,7 @@ def lca(
     start, stop = (0, store.steps_committed) if steps is None else steps
     path = RunPath(store, start, stop, model, loss_fn, train_data)
     task = Task(
-        path=path,
+        extent=path,
         objective=objective,
         precision=precision or Precision(),
         tensors=store.config["tensors"],
@@ -70,7 +70,7 @@ def lca(
     )
     if motion:
         task.parts, task.split = _split(store, path, task.precision)
-    rows, sums = task.run(progress, replace)
+    rows, sums = task.run(path, progress, replace)
     found = Allocation(rows, sums, task.spec(), task.labels(), task.tensors, task.archive, store.name)
     found.warn()
     return found
@@ -99,7 +99,7 @@ def of_path(
     objective = Objective(model, loss_fn, samples, batch_norm=batch_norm, dropout=dropout, chunk=chunk, seed=seed)
     keep = keep_cells(objective.parameters, len(path.steps) - 1, cells)
     task = Task(path, objective, precision or Precision(), tensors, keep)
-    rows, sums = task.run(progress)
+    rows, sums = task.run(path, progress)
     found = Allocation(rows, sums, task.spec(), task.labels(), tensors, None, name)
     found.warn()
     return found

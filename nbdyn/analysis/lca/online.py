@@ -34,22 +34,12 @@ class _Growing:
     first: int
 
     @property
-    def steps(self) -> np.ndarray:
-        return np.array([self.first])
-
-    @property
     def extent(self) -> list[int]:
         return [self.first]
 
     @property
     def labels(self) -> int:
         return self.first
-
-    def rows(self, first: int) -> Any:
-        raise NotImplementedError
-
-    def buffers(self, place: int) -> dict[str, torch.Tensor]:
-        raise NotImplementedError
 
 
 class Prepared:
@@ -108,7 +98,7 @@ class Online:
         entry = self._archive.entry()
         first = self._next if entry is None else int(entry.labels["steps"])
         self._task = Task(
-            path=_Growing(first),
+            extent=_Growing(first),
             objective=self.prepared.objective,
             precision=options.get("precision") or Precision(),
             tensors=store.config["tensors"],

@@ -20,13 +20,8 @@ READ_BYTES = 64_000_000
 """Rows are read about so many bytes at a time."""
 
 
-class Path(Protocol):
-    """Weights at consecutive places of a training."""
-
-    @property
-    def steps(self) -> Array:
-        """(n + 1,) int64: the steps t whose weights[t] are the places of the path, ascending."""
-        ...
+class Extent(Protocol):
+    """Where a path lies; it may be one that is still being drawn."""
 
     @property
     def extent(self) -> list[int]:
@@ -36,6 +31,15 @@ class Path(Protocol):
     @property
     def labels(self) -> int | list[int]:
         """`steps` as they are stored: the first, where they are consecutive."""
+        ...
+
+
+class Path(Extent, Protocol):
+    """Weights at consecutive places of a training."""
+
+    @property
+    def steps(self) -> Array:
+        """(n + 1,) int64: the steps t whose weights[t] are the places of the path, ascending."""
         ...
 
     def rows(self, first: int) -> Iterator[Array]:
