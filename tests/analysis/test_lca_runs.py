@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 import nbdyn
 from nbdyn.analysis.lca import online
+from nbdyn.analysis.lca.objective import Objective
 from nbdyn.analysis.lca.paths import RunPath
 from nbdyn.analysis.lca.precision import Precision
 from nbdyn.analysis.lca.result import Allocation
@@ -279,3 +280,19 @@ def test_a_resumed_training_goes_on_with_its_allocation(tmp_path: Path) -> None:
             mode="resume",
         )
     assert len(nbdyn.open(tmp_path / "run").lca(name="train")) == STEPS
+
+
+def test_what_is_there_counts_and_the_rest_is_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an allocation made while training went on, and of a run that went on since."""
+    asked = {"data": DATA, "precision": FIXED, "chunk": 120}
+    run, _ = train(tmp_path / "run", net(), epochs=1, weights="every", lca=asked)
+    monkeypatch.setattr(Objective, "__call__", None)  # nothing is computed again
+    assert len(allocate(run, net(), save=True)) == len(run)
+    monkeypatch.undo()
+    run, _ = train(tmp_path / "run", net(), epochs=1, weights="every", mode="resume")
+    found, whole = allocate(run, net(), save=True), allocate(run, net())
+    assert len(found) == len(run) == STEPS
+    assert np.array_equal(found.cells(), whole.cells())
+    pd.testing.assert_frame_equal(found.parameters, whole.parameters, rtol=0, atol=1e-12)
+    with pytest.raises(NbdynError, match="steps differ"):
+        allocate(run, net(), save=True, steps=(0, 4))
