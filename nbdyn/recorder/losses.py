@@ -90,7 +90,7 @@ class Evaluator:
         if elements.ndim > 1 or len(elements) != size:
             table = elements.reshape(size, -1)
             elements = table.sum(1) if self.adds_up else table.mean(1)
-        return Evaluation(elements, None if self.is_sum else self._shares(targets, size), *known)
+        return Evaluation(elements, None if self.is_sum else self.shares(targets, size), *known)
 
     def _classification(
         self, outputs: Any, targets: Any, size: int
@@ -104,7 +104,8 @@ class Evaluator:
             left_out |= classes == self._ignored
         return outputs.argmax(1) == targets, classes.masked_fill(left_out, -1).int()
 
-    def _shares(self, targets: Any, size: int) -> torch.Tensor:
+    def shares(self, targets: Any, size: int) -> torch.Tensor:
+        """What each of some samples counts in a mean, (size,) float64; see `Evaluation`."""
         if self._ignored is None or targets.is_floating_point():
             return torch.ones(size, dtype=torch.float64, device=targets.device)
         left_out = targets == self._ignored

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import altair as alt
 import numpy as np
 import pandas as pd
 import torch
@@ -34,6 +35,7 @@ from nbdyn.analysis.lca.layerwise import delayed, frozen, param_groups
 from nbdyn.analysis.lca.learning import NULLS
 from nbdyn.analysis.lca.objective import Objective
 from nbdyn.analysis.lca.samples import samples_of
+from nbdyn.statistics.testing import holm, one_sample
 from nbdyn.store.allocations import Archive
 
 FIGURES = Path(__file__).parents[2] / "docs" / "images"
@@ -297,20 +299,44 @@ def resnet(folder: Path, seeds: int, epochs: int, jobs: int) -> None:
 
 
 def resnet_tables(folder: Path) -> None:
-    """Layers of the plain runs with tests; the last layer, and the losses, under each treatment."""
+    """Layers of the plain runs with tests; treatments against plain runs of the same seeds; the figure."""
     rows = [json.loads(path.read_text()) for path in sorted(folder.glob("resnet-*.json"))]
     plain = [{"run": r["seed"], "layer": k, "lca": v} for r in rows if r["treatment"] == "plain"
              for k, v in r["layers"].items()]  # fmt: skip
     show(layers_over_runs(pd.DataFrame(plain)))
     table = pd.DataFrame([
-        {"treatment": r["treatment"], "seed": r["seed"], "last layer": r["layers"]["fc"],
+        {"treatment": r["treatment"], "seed": r["seed"], "last": r["layers"]["fc"], "first": r["layers"]["conv"],
          "others": sum(v for k, v in r["layers"].items() if k != "fc"), "train": r["train"], "test": r["test"],
          "residual %": r["check"]["residual_percent"], "gradients": r["check"]["gradients_per_step"]}
         for r in rows
     ])  # fmt: skip
-    means = table.drop(columns="seed").groupby("treatment").agg(["mean", "std"])
-    means.columns = [" ".join(map(str, column)) for column in means.columns]
+    means = table.drop(columns="seed").groupby("treatment").mean()
     show(means.reset_index().assign(seeds=table.groupby("treatment").size().to_numpy()))
+    show(against_plain(table))
+    figure(table).save(FIGURES / "lca-delays.svg")
+
+
+def against_plain(table: pd.DataFrame) -> pd.DataFrame:
+    """Treatment less plain, seed by seed: Student's t and Wilcoxon, Holm's correction over all of these tests."""
+    wide, found = table.pivot(index="seed", columns="treatment"), []
+    for treatment in sorted(set(table["treatment"]) - {"plain"}):
+        for what in ("last", "train", "test"):
+            difference = (wide[what][treatment] - wide[what]["plain"]).dropna()
+            test = one_sample(difference)._asdict() | {"difference": difference.mean()}
+            found.append({"treatment": treatment, "of": what} | test)
+    frame = pd.DataFrame(found)[["treatment", "of", "n", "difference", "low", "high", "p", "p_wilcoxon"]]
+    return frame.assign(p_holm=holm(frame["p"]))
+
+
+def figure(table: pd.DataFrame) -> Any:
+    """The last layer's allocation over the delay of its momentum: a dot a seed, a line through the means."""
+    delays = table[table["treatment"].str.match("plain|delay")].copy()
+    delays["delay"] = delays["treatment"].str.extract(r"(\d+)")[0].fillna(9).astype(int)
+    base = alt.Chart(delays).encode(x=alt.X("delay:Q", title="delay of the last layer's momentum, steps"))
+    dots = base.mark_point(opacity=0.6).encode(y=alt.Y("last:Q", title="allocation of the last layer, nats"))
+    line = base.mark_line().encode(y="mean(last):Q")
+    zero = alt.Chart(pd.DataFrame({"y": [0]})).mark_rule(strokeDash=[4, 3]).encode(y="y:Q")
+    return (zero + line + dots).properties(width=440, height=240)
 
 
 def show(frame: pd.DataFrame) -> None:

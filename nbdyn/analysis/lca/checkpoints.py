@@ -140,6 +140,11 @@ class Checkpoints:
         return self.steps.tolist()
 
     @property
+    def buffers_from(self) -> str:
+        """Where buffers (running statistics) are taken from."""
+        return "checkpoints"
+
+    @property
     def labels(self) -> list[int]:
         """The steps, as results store them."""
         return self.steps.tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -59,8 +60,9 @@ class Task:
 
     def spec(self) -> dict[str, Any]:
         """What was asked for: a computation taken up must be of the same."""
+        buffers = {"buffers": self.extent.buffers_from} if self.objective.has_live_buffers else {}
         return {
-            "objective": self.objective.describe(),
+            "objective": self.objective.describe() | buffers,
             "precision": asdict(self.precision),
             "steps": self.extent.extent,
             "cells": self.cells,
@@ -91,8 +93,11 @@ class Task:
             whole = self.begin(None)
             self._go_through(path, whole, progress)
             return Rows.joined(self._waiting), whole.totals.sums
-        if not replace and self._is_done(self._known(self.archive, path), path):
-            return read(self.archive)
+        entry = None if replace else self._known(self.archive, path)
+        if entry is not None and entry.done:
+            self._check_is_same(self.archive, path)
+            if self._is_done(entry, path):
+                return read(self.archive)
         self.archive.lock()
         try:
             entry = None if replace else self._known(self.archive, path)
@@ -137,6 +142,18 @@ class Task:
             )
         return entry
 
+    def _check_is_same(self, archive: Archive, path: Path) -> None:
+        """Raise NbdynError unless the loss before the first step is that stored: names do not tell all losses apart."""
+        objective, stored = self.objective, float(read(archive)[0].steps["loss"][0])
+        weights = next(path.rows(0))
+        objective.load_buffers(path.buffers(0))
+        loss = objective(weights, gradient=False).loss
+        if math.isfinite(stored) and not math.isclose(loss, stored, rel_tol=1e-4, abs_tol=1e-9):
+            raise NbdynError(
+                f"{archive.name!r} is there already, of another loss: {stored:.6g} at its first step, not {loss:.6g}. "
+                "Give another name=, or replace=True to compute it anew."
+            )
+
     def begin(self, entry: Entry | None) -> Progress:
         """Stand before the first step that is missing.
 
@@ -151,7 +168,8 @@ class Task:
             losses = np.concatenate([rows.steps["loss"], rows.steps["loss_after"]])
             last = float(rows.steps["loss_after"][-1])
             finite = np.abs(losses - first)[np.isfinite(losses - first)]
-            allocator.go_on(first, float(finite.max(initial=0.0)), float(np.nansum(rows.steps["residual"])))
+            residuals = rows.steps["residual"]
+            allocator.go_on(first, float(finite.max(initial=0.0)), float(residuals[np.isfinite(residuals)].sum()))
         totals = Totals(self.tensors, self.cells, self.decay, self.objective.samples.groups, sums)
         writer = None if self.archive is None else Writer(self, self.archive, totals, begun=done > 0)
         return Progress(self, done, allocator, totals, writer, last)
@@ -169,8 +187,8 @@ class Task:
                     shown.update()
         except BaseException:
             progress.write(complete=False)
-            if self.archive is not None:
-                kept = getattr(self.archive.entry(), "done", 0)
+            if progress.writer is not None and progress.writer.begun:
+                kept = getattr(progress.writer.archive.entry(), "done", 0)
                 say(f"stopped after {kept:,} of {count:,} steps; the same call goes on from there.")
             raise
         progress.write(complete=True)
@@ -193,6 +211,7 @@ class Progress:
     totals: Totals
     writer: Writer | None
     last: float | None = None
+    _whole: bool = True
 
     def advance(self, before: Array, after: Array, buffers: Callable[[], dict[str, Any]]) -> None:
         """Allocate the next step.
@@ -203,22 +222,23 @@ class Progress:
             buffers: gives those that may have changed before this step; asked only where L depends on them.
         """
         objective = self.task.objective
-        running = objective.has_batch_norm and objective.batch_norm == "running"
-        if running and objective.load_buffers(buffers()):
+        if objective.has_live_buffers and objective.load_buffers(buffers()):
             self.allocator.buffers_changed()
         found = self.allocator.step(before, after)
-        if running and self.last is not None:
+        if objective.has_live_buffers and self.last is not None:
             found = dataclasses.replace(found, drift=found.loss - self.last)
         self.last = None
         parts = None if self.task.split is None else self.task.split(self.done, found, before, after)
+        self._whole = False
         self.task.keep(self.totals.add(found, after, parts))
+        self._whole = True
         self.done += 1
         if self.writer is not None:
             self.writer.now_and_then()
 
     def write(self, complete: bool) -> None:
-        """Write what waits."""
-        if self.writer is not None:
+        """Write what waits; not if an interrupt fell into the adding up, for the sums would count a step too many."""
+        if self.writer is not None and self._whole:
             self.writer.write(complete)
 
 

@@ -107,7 +107,7 @@ class Allocator:
         """The objective's buffers changed: what is known of the point reached no longer holds."""
         if self._end is not None:
             weights, before = self._end
-            value = self.objective(weights)
+            value = self.objective(weights, gradient=self._ends)
             self._drift = value.loss - before.loss
             self._end = weights, value
 
@@ -133,7 +133,7 @@ class Allocator:
             return nodes[s]
 
         if self.precision.integrator == ADAPTIVE:
-            rule = refined(at, self._enough(at(0.0).loss, at(1.0).loss), self.precision.most, self._epsilon)
+            rule = refined(at, self._enough(at(0.0).loss, at(1.0).loss), self.precision.most, self.objective.epsilon)
         else:
             rule = fixed(self.precision.integrator, self.precision.splits)
         values = {s: at(s).value for s in dict.fromkeys((0.0, *rule.weights, 1.0))}
@@ -141,10 +141,6 @@ class Allocator:
         self._end, self._drift = (after, values[1.0]), 0.0
         self.missed += found.residual if math.isfinite(found.residual) else 0.0
         return found
-
-    @property
-    def _epsilon(self) -> float:
-        return float(np.finfo(self.objective.dtype).eps)
 
     @property
     def _ends(self) -> bool:
@@ -201,12 +197,22 @@ class Allocator:
             grad=start.grad,
             grad_after=end.grad,
             error=error if rule.coarser else np.full_like(cells, np.nan),
-            groups=None if start.grads is None else _mean(rule.weights, {s: values[s].grads for s in rule.weights}),
+            groups=None
+            if not self.objective.samples.groups
+            else _mean(rule.weights, {s: values[s].grads for s in rule.weights}),
             nodes=len(rule.weights),
             gradients=gradients,
             met=math.isfinite(residual) and (not adaptive or rule.missed <= self.precision.tolerance),
             drift=self._drift,
         )
+
+    def _groups(self, rule: Quadrature, values: dict[float, Value]) -> Array | None:
+        """The mean gradient of each group of samples along the step, (G, P); None without groups."""
+        groups = self.objective.samples.groups
+        grads = {s: values[s].grads for s in rule.weights}
+        if not groups or any(grad is None for grad in grads.values()):  # a step without motion may have no gradient
+            return np.zeros((groups, self.objective.parameters)) if groups else None
+        return _mean(rule.weights, grads)
 
 
 def _mean(weights: dict[float, float], rows: Mapping[float, Array | None]) -> Array:

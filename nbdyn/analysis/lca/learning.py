@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from nbdyn.analysis.lca.moments import moments
+from nbdyn.analysis.lca.moments import moments, peaks
 from nbdyn.errors import UnknownName, did_you_mean
 from nbdyn.statistics.arrangements import Synchronization
 from nbdyn.statistics.synchronization import circular_shift_test, phase_test, shift_test
@@ -20,12 +20,15 @@ NULLS = ("small shifts", "circular shifts", "random phases")
 class Moments:
     """The steps at which layers learned most: strict local minima of their allocation, below 0, the largest `top`.
 
+    Or, as controls, the steps at which the norm of their gradient or motion was largest: strict local maxima.
+
     Attributes:
-        series: allocation by step, (classes or 1, layers, steps), in units of the loss.
+        series: by step, (classes or 1, layers, steps): the allocation, in units of the loss, or a norm.
         layers: names.
         classes: names; empty for the whole loss.
         steps: (steps,) of the run.
         top: moments of each series at most.
+        of: "lca", "gradient" or "motion".
     """
 
     series: np.ndarray
@@ -33,14 +36,18 @@ class Moments:
     classes: list[int]
     steps: np.ndarray
     top: int
+    of: str = "lca"
+
+    def _find(self, series: np.ndarray) -> np.ndarray:
+        return moments(series, self.top) if self.of == "lca" else peaks(series, self.top)
 
     @property
     def marks(self) -> np.ndarray:
         """(classes or 1, layers, steps) bool."""
-        return moments(self.series, self.top)
+        return self._find(self.series)
 
     def frame(self) -> pd.DataFrame:
-        """One row a moment: step, layer, class (where there are classes), lca of that step, shared.
+        """One row a moment: step, layer, class (where there are classes), the value of that step, shared.
 
         "shared" is the number of layers that have a moment at this step (in this class).
         """
@@ -48,7 +55,7 @@ class Moments:
         group, layer, step = np.nonzero(marks)
         table = {
             "step": self.steps[step], "layer": np.asarray(self.layers, object)[layer],
-            "lca": self.series[group, layer, step], "shared": marks.sum(1)[group, step],
+            self.of: self.series[group, layer, step], "shared": marks.sum(1)[group, step],
         }  # fmt: skip
         if self.classes:
             table = {"class": np.asarray(self.classes)[group], **table}
@@ -81,7 +88,7 @@ class Moments:
         if null == "circular shifts":
             return circular_shift_test(self.marks, least, draws, seed, together)
         if null == "random phases":
-            return phase_test(self.series, lambda x: moments(x, self.top), least, min(draws, 1_000), seed, together)
+            return phase_test(self.series, self._find, least, min(draws, 1_000), seed, together)
         raise UnknownName(f"null={null!r}: {did_you_mean(null, NULLS)} It is one of {', '.join(NULLS)}.")
 
     def plot(self) -> Any:

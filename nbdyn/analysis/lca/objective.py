@@ -85,6 +85,7 @@ class Objective:
         norms = self._set_modes()
         self.has_batch_norm = bool(norms)
         self.coupled = any(norm.training or norm.running_mean is None for norm in norms)
+        self._live = _live_buffers(self._model)
         self.samples = samples.in_order() if self.coupled else samples
         self._loss_fn, self._evaluate = _unhooked(loss_fn), Evaluator(loss_fn)
         self._flat, self._grad = _flatten(self._model)
@@ -94,7 +95,31 @@ class Objective:
         with self._as_alone():
             self._weight, self.shares = self._weights()
         self._check_deterministic()
-        self.chunk = chunk or (min(len(samples), COUPLED_CHUNK) if self.coupled else self._fastest_chunk())
+        if chunk is not None and chunk < 1:
+            raise NbdynError(f"chunk={chunk}: samples at a time, at least 1.")
+        self._chunk = chunk or (min(len(samples), COUPLED_CHUNK) if self._chunks_matter else None)
+
+    @property
+    def chunk(self) -> int:
+        """Samples that go through the network together; measured at first use where they do not define the loss."""
+        if self._chunk is None:
+            self._chunk = self._fastest_chunk()
+        return self._chunk
+
+    @property
+    def _chunks_matter(self) -> bool:
+        """Whether the loss depends on the chunks: by batch statistics, or masks that are drawn for each."""
+        return self.coupled or self.dropout == "fixed"
+
+    @property
+    def has_live_buffers(self) -> bool:
+        """Whether the loss depends on buffers of the network."""
+        return bool(self._live)
+
+    @property
+    def epsilon(self) -> float:
+        """Of the network's arithmetic."""
+        return torch.finfo(self._flat.dtype).eps
 
     @property
     def parameters(self) -> int:
@@ -111,7 +136,7 @@ class Objective:
         changed = False
         with torch.no_grad():
             for name, buffer in self._model.named_buffers():
-                value = values.get(clean_name(name))
+                value = values.get(clean_name(name)) if clean_name(name) in self._live else None
                 if value is not None and not torch.equal(buffer, value.to(buffer.device)):
                     buffer.copy_(value)
                     changed = True
@@ -182,7 +207,10 @@ class Objective:
         size = where.stop - where.start
         if self._evaluate.unreduced is None:
             return self._mean_losses(outputs, targets, where)
-        elements = self._evaluate.unreduced(outputs, targets).double().reshape(size, -1)
+        elements = self._evaluate.unreduced(outputs, targets).double()
+        if elements.numel() % size:
+            raise Incompatible("the loss function gives no loss for each sample; give one of torch.nn's losses.")
+        elements = elements.reshape(size, -1)
         return (elements.sum(1) if self._evaluate.adds_up else elements.mean(1)) * self._weight
 
     def _mean_losses(self, outputs: Any, targets: torch.Tensor, where: slice) -> torch.Tensor:
@@ -206,12 +234,7 @@ class Objective:
         if self._evaluate.unreduced is None:
             self._check_is_mean()
         elif not self._evaluate.is_sum:
-            with torch.no_grad():
-                outputs = self._model(self.samples.inputs[:2].to(self.device))[:1]
-            found = self._evaluate(outputs.expand(size, *outputs.shape[1:]), targets.to(self.device), size).shares
-            if found is None:
-                raise Incompatible("the loss function gives no loss for each sample; give one of torch.nn's losses.")
-            shares = found.cpu().numpy()
+            shares = self._evaluate.shares(targets.to(self.device), size).cpu().numpy()
         weight = 1.0 if self._evaluate.is_sum else 1 / shares.sum()
         groups = np.bincount(self.samples.group, shares, self.samples.groups) if self.samples.groups else shares.sum()
         return weight, np.atleast_1d(groups * weight)
@@ -219,8 +242,10 @@ class Objective:
     @torch.no_grad()
     def _check_is_mean(self) -> None:
         """Raise Incompatible unless a loss without a form for single samples is a mean over samples."""
+        # From all over the data: its first samples may be of one class.
         size = min(len(self.samples), 64)
-        inputs, targets = self.samples.inputs[:size].to(self.device), self.samples.targets[:size].to(self.device)
+        spread = torch.linspace(0, len(self.samples) - 1, size).long()
+        inputs, targets = self.samples.inputs[spread].to(self.device), self.samples.targets[spread].to(self.device)
         outputs, cut = self._model(inputs), size // 3
 
         def mean(a: int, b: int) -> float:  # batch statistics and dropout masks are those of the whole
@@ -309,7 +334,7 @@ class Objective:
             found |= {"masks": self._seed}
         if self.has_batch_norm:
             found |= {"batch_norm": self.batch_norm}
-        if self.coupled:  # chunks then define the loss
+        if self._chunks_matter:
             found |= {"chunk": self.chunk}
         return found | self.samples.describe()
 
@@ -327,6 +352,18 @@ def _settings(loss_fn: Any) -> Iterator[str]:
             yield f"{name}={value.tolist()}"
         elif isinstance(value, (bool, int, float, str, type(None))):
             yield f"{name}={value}"
+
+
+def _live_buffers(model: nn.Module) -> frozenset[str]:
+    """The buffers that the loss may depend on: all but the running statistics of norms that use those of the batch."""
+    idle = {
+        id(buffer)
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        for name, buffer in module.named_buffers(recurse=False)
+        if module.training or name == "num_batches_tracked"
+    }
+    return frozenset(clean_name(name) for name, buffer in model.named_buffers() if id(buffer) not in idle)
 
 
 def _copied(model: nn.Module) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,12 +19,17 @@ from nbdyn.analysis.lca.precision import Precision
 from nbdyn.analysis.lca.result import Allocation
 from nbdyn.analysis.lca.rules import ADAPTIVE, RULES
 from nbdyn.analysis.lca.samples import samples_of
-from nbdyn.errors import Incompatible, NbdynError
+from nbdyn.analysis.lca.totals import Rows, Sums
+from nbdyn.errors import CorruptRun, Incompatible, NbdynError
 from nbdyn.recorder.describe import named_parameters
 from nbdyn.settings import format_size, say
 from nbdyn.store import Store, allocations
 from nbdyn.store.allocations import Archive
 
+COUPLED = (
+    "SGD", "ASGD", "Adagrad", "Adadelta", "Adam", "Adamax", "NAdam", "RAdam", "RMSprop",
+)  # fmt: skip
+"""Optimizers of torch.optim that add weight decay to the gradient, as a term (lambda/2) w^2 of the loss would."""
 CELLS_BYTES = 2_000_000_000
 """Where nothing is said, A of every step and parameter is kept up to so many bytes."""
 
@@ -57,7 +63,7 @@ def lca(
     loss_fn = loss_of(store, loss_fn)
     samples = samples_of(data, classes=classes, subset=subset, seed=seed, progress=progress)
     objective = Objective(model, loss_fn, samples, batch_norm=batch_norm, dropout=dropout, chunk=chunk, seed=seed)
-    start, stop = (0, store.steps_committed) if steps is None else steps
+    start, stop = (0, store.steps_committed) if steps is None else map(operator.index, steps)
     path = RunPath(store, start, stop, model, loss_fn, train_data)
     task = Task(
         extent=path,
@@ -134,7 +140,22 @@ def open_allocation(store: Store, name: str | None) -> Allocation:
     if entry.status != "complete":
         say(f"{name!r} was not finished: it covers {entry.done:,} steps.")
     rows, sums = read(archive)
-    return Allocation(rows, sums, entry.spec, entry.labels, store.config["tensors"], archive, store.name)
+    _check_shapes(store, archive, rows, sums)
+    try:
+        found = Allocation(rows, sums, entry.spec, entry.labels, store.config["tensors"], archive, store.name)
+        found.warn()
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise CorruptRun(f"{archive.uri} is damaged ({error}); compute it anew with replace=True.") from error
+    return found
+
+
+def _check_shapes(store: Store, archive: Archive, rows: Rows, sums: Sums) -> None:
+    """Raise CorruptRun unless stored arrays are of this run's tensors and parameters."""
+    tensors, parameters = len(store.config["tensors"]), store.parameters
+    widths = {values.shape[1:] for values in rows.tensors.values()}
+    widths |= {values.shape[2:] for values in (rows.groups, rows.parts)}
+    if widths != {(tensors,)} or {values.shape for values in sums["parameters"].values()} != {(parameters,)}:
+        raise CorruptRun(f"{archive.uri} is damaged (its shapes are not the run's); compute it anew with replace=True.")
 
 
 def decay_of(store: Store) -> np.ndarray | None:
@@ -144,8 +165,8 @@ def decay_of(store: Store) -> np.ndarray | None:
     """
     optimizer = store.config["optimizer"]
     rates = [group.get("weight_decay", 0.0) for group in optimizer["groups"]]
-    decoupled = optimizer["name"] == "AdamW" or any(g.get("decoupled_weight_decay") for g in optimizer["groups"])
-    if not any(rates) or decoupled:
+    decoupled = any(group.get("decoupled_weight_decay") for group in optimizer["groups"])
+    if not any(rates) or decoupled or optimizer["name"] not in COUPLED:
         return None
     of_tensor = [rates[t["group"]] if t["group"] >= 0 else 0.0 for t in store.config["tensors"]]
     return np.repeat(of_tensor, [t["size"] for t in store.config["tensors"]])

@@ -12,7 +12,7 @@ from torch import nn
 
 from nbdyn.analysis.lca.compute import Task
 from nbdyn.analysis.lca.objective import Objective
-from nbdyn.analysis.lca.of_run import decay_of, keep_cells, name_of
+from nbdyn.analysis.lca.of_run import decay_of, keep_cells, name_of, open_allocation
 from nbdyn.analysis.lca.precision import Precision
 from nbdyn.analysis.lca.samples import samples_of
 from nbdyn.errors import NbdynError
@@ -25,6 +25,10 @@ from nbdyn.store.allocations import Archive
 OPTIONS = (
     "data", "loss_fn", "name", "classes", "subset", "precision", "batch_norm", "dropout", "chunk", "cells", "seed",
 )  # fmt: skip
+
+
+EXPECTED_STEPS = 10_000
+"""How long a training may be that single cells are kept of, where nothing is said of them."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,10 @@ class _Growing:
     @property
     def labels(self) -> int:
         return self.first
+
+    @property
+    def buffers_from(self) -> str:
+        return "training"
 
 
 class Prepared:
@@ -102,7 +110,7 @@ class Online:
             objective=self.prepared.objective,
             precision=options.get("precision") or Precision(),
             tensors=store.config["tensors"],
-            cells=keep_cells(store.parameters, 1, options.get("cells")),
+            cells=keep_cells(store.parameters, EXPECTED_STEPS, options.get("cells")),
             decay=decay_of(store),
             archive=self._archive,
         )
@@ -110,7 +118,8 @@ class Online:
             self._archive.close()
             raise NbdynError(
                 f"{self.prepared.name!r} holds steps {first}..{first + entry.done - 1}, the run is at {self._next}; "
-                'what does not continue it needs a name of its own: lca={"data": train_set, "name": "train-2"}.'
+                'what does not continue it needs a name of its own, lca={"data": train_set, "name": "train-2"}; '
+                "without lca=, run.lca(...) adds the steps that are missing afterwards."
             )
         self._progress = self._task.begin(entry)
         self._handle = self.optimizer.register_step_post_hook(self._after_step)
@@ -118,7 +127,8 @@ class Online:
 
     def _weights(self) -> np.ndarray:
         parts = [p.detach().reshape(-1).cpu() for _, p in named_parameters(self.model)]
-        return torch.cat(parts).numpy().astype(self.prepared.objective.dtype, copy=True)
+        wide = getattr(torch, self.prepared.objective.dtype.name)
+        return torch.cat([part.to(wide, copy=True) for part in parts]).numpy()
 
     def _after_step(self, *_: Any) -> None:
         if self.recorder.state != "recording":
@@ -163,6 +173,8 @@ class Online:
             if not self._failed and status == "complete":
                 self._allocate_skipped(Store(self.recorder.uri).steps_committed)
             self._progress.write(complete=status == "complete" and not self._failed)
+            if self._progress.done:
+                open_allocation(Store(self.recorder.uri), self.prepared.name)  # says what was not met
         except NbdynError as error:  # the run itself is whole
             say(f"the loss change allocation is not: {error}")
         finally:

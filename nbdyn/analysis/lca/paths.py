@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from nbdyn.errors import NbdynError, NotRecorded
+from nbdyn.errors import Incompatible, NbdynError, NotRecorded
 from nbdyn.recorder.replay import replay
 from nbdyn.schema import PART_SNAPSHOT
 from nbdyn.store import Store, state
-from nbdyn.store.trajectory import trajectory_chunks
+from nbdyn.store.trajectory import OFF_TOLERANCE, trajectory_chunks
 
 Array = np.ndarray
 READ_BYTES = 64_000_000
@@ -26,6 +26,11 @@ class Extent(Protocol):
     @property
     def extent(self) -> list[int]:
         """What says which path it is, beside the run."""
+        ...
+
+    @property
+    def buffers_from(self) -> str:
+        """Where buffers (running statistics) are taken from: "snapshots", "training" or "checkpoints"."""
         ...
 
     @property
@@ -68,7 +73,7 @@ class RunPath:
                 f"{store.name} has steps 0..{store.steps_committed - 1}; {start}..{stop - 1} are not all there."
             )
         self.steps = np.arange(start, stop + 1)
-        self.extent, self.labels = [start, stop], start
+        self.extent, self.labels, self.buffers_from = [start, stop], start, "snapshots"
         self.residuals: dict[int, float] = {}
         self._store, self._replay = store, (model, loss_fn, data)
         self._first = 0
@@ -112,6 +117,12 @@ class RunPath:
             cut = min(int(self._store.config["every"]) * (start // int(self._store.config["every"]) + 1), stop - 1)
             found = replay(self._store, start, max(cut, start), model, loss_fn, data)
             self.residuals |= found.residuals
+            off = max(found.residuals.values(), default=0.0)
+            if off > OFF_TOLERANCE * float(np.abs(found.weights).max()):
+                raise Incompatible(
+                    f"trained again, the weights are {off:.2g} off those recorded: here loss_fn has to be the loss of "
+                    'the training; record with weights="every" to allocate another one.'
+                )
             last = cut == stop - 1
             yield from found.weights if last else found.weights[:-1]
             start = stop if last else cut

@@ -16,7 +16,7 @@ class Precision:
         integrator: "adaptive", or one of `nbdyn.analysis.lca.rules.RULES`.
         splits: equal parts of each step, for the fixed rules.
         tolerance: "adaptive": the most that a step may miss, |L(t+1) - L(t) - sum of A[t]|, in units of the loss.
-        total: "adaptive": the most that all steps may miss together, as a share of |L(T) - L(0)|.
+        total: "adaptive": the most that all steps may miss together, as a share of the largest |L(t) - L(0)|.
         most: "adaptive": nodes of one step at most. A step that would need more than these, or misses the tolerance by
             the rounding of the network, is marked as not met.
     """

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from nbdyn.analysis.lca import checks, intervals
 from nbdyn.analysis.lca import concentration as _concentration
 from nbdyn.analysis.lca import helping as _helping
-from nbdyn.analysis.lca import intervals
 from nbdyn.analysis.lca.learning import Moments
 from nbdyn.analysis.lca.neurons import SameNeuron, Specialization, saliency, same_neuron, specialization
-from nbdyn.analysis.lca.rules import ADAPTIVE
 from nbdyn.analysis.lca.totals import STEP_COLUMNS, Rows, Sums, units_of
 from nbdyn.errors import Incompatible, NotRecorded, UnknownName, did_you_mean
 from nbdyn.schema import PROVENANCE
@@ -83,34 +82,12 @@ class Allocation:
         single steps, absolute), error (of all parameters, see `steps`), gradients, gradients_per_step, not_met (steps
         that missed a tolerance), drift.
         """
-        s = self._rows.steps
-        change, drift = float(s["loss_after"][-1] - s["loss"][0]), float(s["drift"][1:].sum())
-        allocated, each = float(s["allocated"].sum()), np.abs(s["residual"])
-        residual = change - drift - allocated
-        row = {
-            "steps": len(self), "loss": s["loss"][0], "loss_after": s["loss_after"][-1], "change": change,
-            "allocated": allocated, "residual": residual,
-            "residual_percent": 100 * residual / change if change else math.nan,
-            "first_order_percent": 100 * (change - drift - s["first_order"].sum()) / change if change else math.nan,
-            "mean_residual": each.mean(), "worst_residual": each.max(), "error": s["error"].sum(),
-            "gradients": int(s["gradients"].sum()), "gradients_per_step": s["gradients"].mean(),
-            "not_met": int((s["met"] == 0).sum()), "drift": drift,
-        }  # fmt: skip
-        return self._framed(pd.DataFrame([row]), "check of a loss change allocation")
+        return self._framed(pd.DataFrame([checks.summary(self._rows.steps)]), "check of a loss change allocation")
 
     def warn(self) -> None:
         """Say it if a tolerance was not met."""
-        row, precision = self.check().iloc[0], self.spec["precision"]
-        if row["not_met"]:
-            say(
-                f"{row['not_met']:,.0f} of {len(self):,} steps miss the tolerance of {precision['tolerance']:g} (worst "
-                f"residual {row['worst_residual']:.3g}); `.steps` marks them."
-            )
-        if precision["integrator"] == ADAPTIVE and not abs(row["residual_percent"]) <= 100 * precision["total"]:
-            say(
-                f"{row['residual_percent']:.3g} % of the change of the loss was not allocated, more than the "
-                f"{100 * precision['total']:g} % asked for."
-            )
+        for sentence in checks.misses(self._rows.steps, self.spec["precision"]):
+            say(sentence)
 
     # Sums ---------------------------------------------------------------------------------------------------------
 
@@ -133,7 +110,7 @@ class Allocation:
         sums = {name: np.bincount(code, values.sum(0)) for name, values in self._rows.tensors.items()}
         size = np.bincount(code, [t["size"] for t in self.tensors])
         cells, moving = size * len(self), sums["helping"] + sums["hurting"]
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore", divide="ignore"):
             table = {
                 **names, "lca": sums["sum"], "help": sums["sum"] - sums["hurt"], "hurt": sums["hurt"],
                 "helping_percent": 100 * sums["helping"] / cells, "zero_percent": 100 * (1 - moving / cells),
@@ -226,6 +203,9 @@ class Allocation:
         """
         self._need("block")
         blocks = self._by_layer(self._rows.groups).sum(0)
+        total = sum(self.labels["shares"])
+        if not math.isclose(total, 1.0, rel_tol=1e-9):  # a loss that is a sum over samples
+            blocks = blocks * self.labels["of"]
         found = intervals.of_blocks(blocks, self.layers_in_order, self.labels["size"], self.labels["of"], level)
         return self._framed(found, "loss change allocation by layer, from a subset")
 
@@ -233,13 +213,19 @@ class Allocation:
     def motion(self) -> pd.DataFrame:
         """One row a layer and part of the motion: lca, which sums over the parts to that of the layer.
 
+        "rest" is what the parts leave of it: rounding, unless the record does not tell all that the optimizer did. The
+        parts are told by the gradient of the allocated loss: over other data than the training's, "noise" holds the
+        difference of the two, too.
+
         Raises:
             NotRecorded: if it was computed without motion=True.
         """
         if not self.labels["parts"]:
             raise NotRecorded("the motion was not divided; compute with motion=True.")
         sums = self._by_layer(self._rows.parts).sum(0)
-        index = pd.MultiIndex.from_product([self.labels["parts"], self.layers_in_order], names=["part", "layer"])
+        sums = np.vstack([sums, self._by_layer(self._rows.tensors["sum"]).sum(0) - sums.sum(0)])
+        parts = [*self.labels["parts"], "rest"]
+        index = pd.MultiIndex.from_product([parts, self.layers_in_order], names=["part", "layer"])
         frame = pd.DataFrame({"lca": sums.reshape(-1)}, index=index).reset_index()
         return self._framed(frame, "loss change allocation by part of the motion")
 
@@ -299,14 +285,26 @@ class Allocation:
         share = _helping.helping_share(self._sums["parameters"]["helping"], len(self))
         return self._framed(_helping.share_histogram(share), "percent of helping steps by parameter")
 
-    def moments(self, top: int = 20) -> Moments:
+    def moments(self, top: int = 20, of: str = "lca") -> Moments:
         """Moments of learning: the steps at which a layer helped more than just before and after (LCA, section 5).
 
         By class where the allocation is; `.synchronization()` of the result tests whether layers share them.
 
         Args:
             top: so many of each series with the largest |A|.
+            of: "lca"; or, as controls, "gradient" or "motion": peaks of a layer's Euclidean norm, not by class.
+
+        Raises:
+            UnknownName: for another quantity.
+            NotRecorded: if the rule took no gradient before the steps.
         """
+        if of not in ("lca", "gradient", "motion"):
+            raise UnknownName(f"of={of!r}: {did_you_mean(of, ('lca', 'gradient', 'motion'))}")
+        if of != "lca":
+            norms = np.sqrt(self._by_layer(self._rows.tensors[f"{of}_square"]))
+            if np.isnan(norms).all():
+                raise NotRecorded(f"{self.spec['precision']['integrator']!r} took no gradient before the steps.")
+            return Moments(norms.T[None], self.layers_in_order, [], self._steps, top, of)
         if self.labels["kind"] == "class":
             series = np.moveaxis(self._by_layer(self._rows.groups), 0, -1)  # (classes, layers, steps)
             classes = list(self.labels["groups"])

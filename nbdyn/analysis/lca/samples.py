@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import TensorDataset
 from tqdm.auto import tqdm
 
 from nbdyn.errors import Incompatible, NbdynError
@@ -118,8 +119,8 @@ def _by_class(inputs: torch.Tensor, targets: torch.Tensor) -> Samples:
 
 
 def _all(data: Any, progress: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    tensors = getattr(data, "tensors", None)  # a TensorDataset
-    pair: Any = tensors if isinstance(tensors, tuple) and len(tensors) == 2 else data
+    # The very class: others that keep tensors may change them as they are fetched.
+    pair: Any = data.tensors if type(data) is TensorDataset and len(data.tensors) == 2 else data
     if isinstance(pair, (tuple, list)) and len(pair) == 2:
         inputs, targets = (torch.as_tensor(part) for part in pair)
         return inputs, targets

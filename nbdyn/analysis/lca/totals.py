@@ -19,7 +19,7 @@ Sums = dict[str, dict[str, Array]]
 STEP_COLUMNS = (
     "loss", "loss_after", "allocated", "residual", "first_order", "error", "drift", "nodes", "gradients", "met",
 )  # fmt: skip
-TENSOR_COLUMNS = ("sum", "hurt", "helping", "hurting", "decay")
+TENSOR_COLUMNS = ("sum", "hurt", "helping", "hurting", "decay", "gradient_square", "motion_square")
 PARAMETER_COLUMNS: dict[str, Any] = {
     "help": np.float64, "hurt": np.float64, "error": np.float64, "helping": np.int32, "hurting": np.int32,
     "lca_turns": np.int32, "weight_turns": np.int32, "gradient_turns": np.int32,
@@ -32,18 +32,21 @@ PARAMETER_COLUMNS: dict[str, Any] = {
 class Units:
     """The units of a network: outputs of linear layers, channels of convolutions, rows of embeddings.
 
-    A unit's parameters are runs of consecutive ones: a row of the weight, an element of the bias.
+    A unit's parameters are runs of consecutive ones: a row of the weight, an element of the bias. The first axis of a
+    transposed convolution's weight is that of its input channels.
 
     Attributes:
         starts: where each run begins, (R,) int64 global indices.
         of_run: the unit of each run, (R,) int64.
-        tensor_runs: the first run of each tensor, (tensors,).
+        tensor_runs: the first run of each tensor that has any parameters.
+        filled: which tensors these are, (tensors,) bool.
         table: one row a unit: layer, unit.
     """
 
     starts: Array
     of_run: Array
     tensor_runs: Array
+    filled: Array
     table: pd.DataFrame
 
     def __len__(self) -> int:
@@ -55,7 +58,9 @@ class Units:
 
     def by_tensor(self, runs: Array) -> Array:
         """Sums of runs over the tensors: (..., R) -> (..., tensors)."""
-        return np.add.reduceat(runs, self.tensor_runs, axis=-1)
+        found = np.zeros((*runs.shape[:-1], len(self.filled)), runs.dtype)
+        found[..., self.filled] = np.add.reduceat(runs, self.tensor_runs, axis=-1)
+        return found
 
     def by_unit(self, runs: Array) -> Array:
         """Sums of runs over the units: (..., R) -> (..., units)."""
@@ -75,6 +80,8 @@ def units_of(tensors: Sequence[Mapping[str, Any]]) -> Units:
     firsts: dict[tuple[str, int], int] = {}
     layers, numbers, starts, of_run, edges = [], [], [], [], [0]
     for tensor in tensors:
+        if not tensor["size"]:
+            continue
         size = int(tensor["shape"][0]) if tensor["shape"] else 1
         key = tensor["layer"], size
         if key not in firsts:
@@ -85,7 +92,8 @@ def units_of(tensors: Sequence[Mapping[str, Any]]) -> Units:
         of_run.append(firsts[key] + np.arange(size))
         edges.append(edges[-1] + size)
     table = pd.DataFrame({"layer": layers, "unit": numbers})
-    return Units(np.concatenate(starts), np.concatenate(of_run), np.array(edges[:-1]), table)
+    filled = np.array([tensor["size"] > 0 for tensor in tensors])
+    return Units(np.concatenate(starts), np.concatenate(of_run), np.array(edges[:-1]), filled, table)
 
 
 @dataclass
@@ -96,7 +104,8 @@ class Rows:
         steps: column of STEP_COLUMNS -> (n,).
         tensors: column of TENSOR_COLUMNS -> (n, tensors): sum of A; sum of its positive cells; how many cells are
             negative; how many positive; "decay": what the optimizer's L2 weight decay, seen as a term of the loss,
-            changed of it.
+            changed of it; squared norms of the gradient before the step (NaN for rules that do not take it) and of the
+            motion.
         units: sum of A of each unit, (n, units).
         groups: sum of A^g of each tensor for each group of samples, (n, groups, tensors).
         parts: sum of A of each tensor for each part of the motion, (n, parts, tensors).
@@ -200,6 +209,7 @@ class Totals:
             "helping": self._by_tensor(negative.astype(np.int64)),
             "hurting": self._by_tensor(positive.astype(np.int64)),
             "decay": self._of_decay(found, after),
+            "gradient_square": self._of_squares(found.grad), "motion_square": self._of_squares(found.motion),
         }  # fmt: skip
         groups = split = np.empty((0, len(self.tensors)))
         if found.groups is not None:
@@ -220,6 +230,12 @@ class Totals:
 
     def _by_tensor(self, values: Array) -> Array:
         return self.units.by_tensor(self.units.by_run(values))
+
+    def _of_squares(self, values: Array | None) -> Array:
+        """The square of the Euclidean norm of each tensor; NaN where there are no values."""
+        if values is None:
+            return np.full(len(self.tensors), np.nan)
+        return self._by_tensor(np.square(values, dtype=np.float64))
 
     def _of_decay(self, found: StepAllocation, after: Array) -> Array:
         if self.decay is None:
