@@ -146,7 +146,7 @@ class Run:
 
         A[t, i] = mean of dL/dw_i along step t x (w_i[t+1] - w_i[t]); the sum over i is L[t+1] - L[t], and what is
         missing of it is in the result. L is the loss over all of `data`. The result is stored with the run; asked
-        again the same way it is read, and one that was stopped goes on. Without `data` and `loss_fn`, the stored one.
+        again the same way it is read, and one that was stopped goes on. `run.lca(name="train")` is the stored one.
 
         Cost: about one to two gradients over all of `data` a step, and little else. See docs/lca.md.
 
@@ -156,7 +156,8 @@ class Run:
             loss_fn: the loss, with a mean (or sum) over samples; by default that of the recorded name in torch.nn.
             model: the network; by default that of `nbdyn.open`.
             name: of the result among those of the run ("train", "classes" or "subset" if not given).
-            classes: also allocate the loss of each class by itself, at no further gradient.
+            classes: also allocate the loss of each class by itself, at no further gradient (under batch statistics: at
+                a backward pass for each class).
             subset: take so many random samples of `data`; layers then have confidence intervals.
             motion: also divide each step's motion into gradient, noise, momentum, weight decay and Adam's scaling.
             steps: (first, last + 1); by default all.

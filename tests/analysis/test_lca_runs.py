@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 import nbdyn
 from nbdyn.analysis.lca import online
-from nbdyn.analysis.lca.objective import Objective
+from nbdyn.analysis.lca.engine import Allocator
 from nbdyn.analysis.lca.paths import RunPath
 from nbdyn.analysis.lca.precision import Precision
 from nbdyn.analysis.lca.result import Allocation
@@ -286,7 +286,7 @@ def test_what_is_there_counts_and_the_rest_is_added(tmp_path: Path, monkeypatch:
     """Of an allocation made while training went on, and of a run that went on since."""
     asked = {"data": DATA, "precision": FIXED, "chunk": 120}
     run, _ = train(tmp_path / "run", net(), epochs=1, weights="every", lca=asked)
-    monkeypatch.setattr(Objective, "__call__", None)  # nothing is computed again
+    monkeypatch.setattr(Allocator, "step", None)  # nothing is computed again
     assert len(allocate(run, net(), save=True)) == len(run)
     monkeypatch.undo()
     run, _ = train(tmp_path / "run", net(), epochs=1, weights="every", mode="resume")
