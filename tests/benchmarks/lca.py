@@ -167,44 +167,40 @@ def classes(folder: Path) -> None:
 
 
 def cost(folder: Path, steps: int) -> None:
-    """Gradients to reach the tolerances, and time beside the bare gradients; the same steps for all, interleaved."""
+    """Gradients that the tolerances take, beside Simpson's rule; and time beside the bare gradients."""
     data, model = mnist(), fc(0)
     path = folder / "fc-SGD-0"
     trained(path, model, OPTIMIZERS["SGD"](model.parameters()), data, epochs=4)
     run = nbdyn.open(path, model=model)
+    overhead(run, model, data, steps)
     rows = []
-    for name, precision in {
-        "adaptive": nbdyn.Precision(),
-        "paper's RK4, 2 parts and more where |e| > 1e-3": nbdyn.Precision("simpson"),
-        "trapezoid": nbdyn.Precision("trapezoid"),
-        "first order": nbdyn.Precision("first order"),
-    }.items():
-        found = run.lca(data, nn.CrossEntropyLoss(), save=False, cells=False, precision=precision, progress=False)
+    for name, precision in {"adaptive": nbdyn.Precision(), "simpson": nbdyn.Precision("simpson")}.items():
+        found = run.lca(data, nn.CrossEntropyLoss(), name=name, cells=False, precision=precision, progress=False)
         check = found.check().iloc[0]
         rows.append({"rule": name, "gradients a step": check["gradients_per_step"],
                      "worst step": check["worst_residual"], "in total %": check["residual_percent"]})  # fmt: skip
-        print(rows[-1], flush=True)
     show(pd.DataFrame(rows))
-    overhead(folder, run, model, data, steps)
 
 
-def overhead(folder: Path, run: Any, model: nn.Module, data: Any, steps: int) -> None:
-    """Everything, with sums and with all cells written, against the gradients alone."""
+def overhead(run: Any, model: nn.Module, data: Any, steps: int) -> None:
+    """Everything, data and files included, with sums alone and with all cells, against the gradients alone, in turn."""
+    samples, loss_fn = samples_of(data), nn.CrossEntropyLoss()
+    weights = [run.weights.row(t) for t in range(steps)]
     for cells in (False, True):
+        name, bare = f"timed-{cells}", Objective(model, loss_fn, samples, chunk=1024)
         began = time.perf_counter()
         found = run.lca(
-            data, nn.CrossEntropyLoss(), name=f"timed-{cells}", cells=cells, steps=(0, steps), replace=True,
-            chunk=1024, progress=False,
-        )  # fmt: skip
-        whole = time.perf_counter() - began
-        objective = Objective(model, nn.CrossEntropyLoss(), samples_of(data), chunk=1024)
-        weights = [run.weights.row(t) for t in range(steps)]
-        count = int(found.check()["gradients"].iloc[0])
+            data, loss_fn, name=name, cells=cells, steps=(0, steps), replace=True, chunk=1024, progress=False
+        )
+        whole, count = time.perf_counter() - began, int(found.check()["gradients"].iloc[0])
         for n in range(count):
-            objective(weights[n % steps])
-        nbytes = Archive(run.uri, f"timed-{cells}").nbytes() / steps
-        print(f"cells={cells}: {whole / objective.seconds:.3f} of {count} bare gradients ({whole / count:.3f} s each), "
-              f"{nbytes / 1e3:.1f} KB a step; a float32 row is {4 * run.store.parameters / 1e3:.1f} KB")  # fmt: skip
+            bare(weights[n % steps])
+        kilobytes = Archive(run.uri, name).nbytes() / steps / 1e3
+        row = 4 * run.store.parameters / 1e3
+        print(
+            f"cells={cells}: {whole / bare.seconds:.3f} of {count} bare gradients ({bare.seconds / count:.3f} s each)"
+        )
+        print(f"{kilobytes:.1f} KB a step; a float32 row is {row:.1f} KB", flush=True)
 
 
 # Layers that hurt -------------------------------------------------------------------------------------------------
