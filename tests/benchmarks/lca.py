@@ -35,6 +35,7 @@ from nbdyn.analysis.lca.layerwise import delayed, frozen, param_groups
 from nbdyn.analysis.lca.learning import NULLS
 from nbdyn.analysis.lca.objective import Objective
 from nbdyn.analysis.lca.samples import samples_of
+from nbdyn.plots import to_png
 from nbdyn.statistics.testing import holm, one_sample
 from nbdyn.store.allocations import Archive
 
@@ -159,7 +160,7 @@ def classes(folder: Path) -> None:
     show(found.concentration())
     show(found.tail())
     found.moments(top=20).plot().save(FIGURES / "lca-moments.svg")
-    found.plot_saliency("0.weight", (28, 28)).save(FIGURES / "lca-saliency.svg")
+    (FIGURES / "lca-saliency.png").write_bytes(to_png(found.plot_saliency("0.weight", (28, 28))))
     found.plot().save(FIGURES / "lca-fc.svg")
 
 
