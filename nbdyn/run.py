@@ -136,7 +136,7 @@ class Run:
         batch_norm: str = "batch",
         dropout: str = "off",
         chunk: int | None = None,
-        cells: bool | None = None,
+        cells: bool | str | None = None,
         save: bool = True,
         seed: int = 0,
         progress: bool = True,
@@ -165,7 +165,8 @@ class Run:
             batch_norm: "batch" (statistics of fixed chunks) or "running" (as recorded at snapshots).
             dropout: "off", or "fixed" (on, the same masks everywhere).
             chunk: samples at a time; by default measured.
-            cells: whether A of each step and parameter is kept (None: up to 2 GB), or sums alone.
+            cells: whether A of each step and parameter is kept (None: up to 2 GB), or sums alone; "classes": that of
+                each class, too.
             save: whether the result is stored with the run.
             seed: of subset and masks.
             progress: whether a bar is shown.

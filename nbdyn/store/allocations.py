@@ -260,14 +260,20 @@ class Archive:
             if not covered.all():
                 raise self._damaged(f"{name} of step {int(np.argmin(covered)):,} is missing")
 
-    def cells(self, entry: Entry, start: int, stop: int, indices: np.ndarray | slice) -> np.ndarray:
-        """A[t, i] of steps start <= t < stop, counted from the first, (steps, parameters) float32."""
+    def cells(self, entry: Entry, start: int, stop: int, indices: np.ndarray | slice, group: int = 0) -> np.ndarray:
+        """A[t, i] of steps start <= t < stop, counted from the first, (steps, parameters) float32.
+
+        Where cells are kept by class, group 0 is A itself, and 1 + n that of the n-th class.
+        """
+        which = (slice(group, group + 1),) if entry.spec["cells"] == "classes" else ()
         with reading(join(self.uri, "cells")), self._open("cells", "r", (0, entry.timestamp)) as array:
             self._check_extent(array, "cells", entry)
             if isinstance(indices, slice) or not len(indices):
-                return array[start:stop, :]["value"][:, indices]
+                found = array[(slice(start, stop), *which, slice(None))]["value"].reshape(stop - start, -1)
+                return found[:, indices]
             low, high = int(indices.min()), int(indices.max()) + 1
-            return array[start:stop, low:high]["value"][:, indices - low]
+            found = array[(slice(start, stop), *which, slice(low, high))]["value"].reshape(stop - start, -1)
+            return found[:, indices - low]
 
     def nbytes(self) -> int:
         """Bytes on disk."""
@@ -304,7 +310,9 @@ def check(uri: str) -> list[str]:
             archive.read(entry)
             archive.check_rows(entry)
             for start in range(0, entry.done if entry.spec["cells"] else 0, CHECKED_STEPS):
-                archive.cells(entry, start, min(start + CHECKED_STEPS, entry.done), slice(None))
+                stop = min(start + CHECKED_STEPS, entry.done)
+                for group in range(1 + len(entry.labels["groups"]) * (entry.spec["cells"] == "classes")):
+                    archive.cells(entry, start, stop, slice(None), group)
         except CorruptRun as error:
             problems.append(str(error))
     return problems

@@ -323,7 +323,7 @@ _AXES = {
     "units": ("unit",),
     "groups": ("group", "tensor"),
     "parts": ("part", "tensor"),
-    "cells": ("parameter",),
+    "cells": ("group", "parameter"),
     "parameters": ("parameter",),
     "unit_groups": ("group", "unit"),
 }

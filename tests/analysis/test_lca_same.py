@@ -21,7 +21,8 @@ from nbdyn.analysis.lca.precision import Precision
 from nbdyn.analysis.lca.result import Allocation
 from nbdyn.analysis.lca.samples import samples_of
 from nbdyn.analysis.lca.totals import Totals, units_of
-from nbdyn.errors import Incompatible, NbdynError
+from nbdyn.errors import Incompatible, NbdynError, NotRecorded, UnknownName
+from nbdyn.store.verify import verify
 from tests import problems
 
 DATA, LOSS, FIXED = problems.data(), nn.CrossEntropyLoss(), Precision("simpson")
@@ -182,3 +183,25 @@ def test_controls_of_moments(tmp_path: Path) -> None:
     inner = np.flatnonzero((norms[1:-1] > norms[:-2]) & (norms[1:-1] > norms[2:])) + 1
     assert np.flatnonzero(motion.marks[0, 0]).tolist() == inner.tolist()
     assert found.moments(of="gradient").series.shape == motion.series.shape
+
+
+@pytest.mark.parametrize("save", [False, True])
+def test_cells_of_classes(tmp_path: Path, save: bool) -> None:
+    run = train(tmp_path / "run", problems.mlp(12, 6, 4), weights="every")
+    found = allocate(run, classes=True, cells="classes", save=save)
+    of_classes = [found.cells(of_class=label).astype(np.float64) for label in found.labels["groups"]]
+    weighted = sum(share * cells for share, cells in zip(found.labels["shares"], of_classes, strict=True))
+    assert np.allclose(weighted, found.cells(), rtol=0, atol=1e-7)
+    sums = found.classes.pivot(index="class", columns="layer", values="lca")
+    assert np.allclose([cells[:, :78].sum() for cells in of_classes], sums["0"], rtol=0, atol=1e-5)
+    assert np.array_equal(found.cells("2.bias", slice(2, 5), 1), of_classes[1][2:5, -4:].astype(np.float32))
+    with pytest.raises(UnknownName, match="no class 9"):
+        found.cells(of_class=9)
+    with pytest.raises(NotRecorded, match='cells="classes"'):
+        allocate(run, name="plain", save=save, classes=True).cells(of_class=1)
+    with pytest.raises(NbdynError, match="with classes=True"):
+        allocate(run, cells="classes", save=False)
+    if save:
+        again = run.lca(name="classes")
+        assert np.array_equal(again.cells(of_class=2), found.cells(of_class=2))
+        assert verify(run.uri).empty

@@ -165,7 +165,7 @@ class Checkpoints:
         batch_norm: str = "batch",
         dropout: str = "off",
         chunk: int | None = None,
-        cells: bool | None = None,
+        cells: bool | str | None = None,
         seed: int = 0,
         progress: bool = True,
     ) -> Allocation:

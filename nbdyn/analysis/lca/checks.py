@@ -1,4 +1,4 @@
-"""Does an allocation add up: its summary, and what is to be said of it."""
+"""Does an allocation add up: its summary, and what is to be said of it; its totals, and the shares of cells."""
 
 from __future__ import annotations
 
@@ -49,3 +49,23 @@ def misses(steps: Steps, precision: Mapping[str, Any]) -> Iterator[str]:
             f"{row['residual']:.3g} of the change of the loss was not allocated, more than {precision['total']:g} of "
             f"the largest change, {largest:.3g}."
         )
+
+
+def shares(tensors: Mapping[str, np.ndarray], sizes: np.ndarray, code: np.ndarray) -> dict[str, np.ndarray]:
+    """The columns of `Allocation.layers`.
+
+    Args:
+        tensors: columns of `nbdyn.analysis.lca.totals.TENSOR_COLUMNS`, each (steps, tensors).
+        sizes: parameters of each tensor.
+        code: what each tensor is counted to.
+    """
+    sums = {name: np.bincount(code, values.sum(0)) for name, values in tensors.items()}
+    size = np.bincount(code, sizes)
+    cells, moving = size * len(tensors["sum"]), sums["helping"] + sums["hurting"]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return {
+            "lca": sums["sum"], "help": sums["sum"] - sums["hurt"], "hurt": sums["hurt"],
+            "helping_percent": 100 * sums["helping"] / cells, "zero_percent": 100 * (1 - moving / cells),
+            "hurting_percent": 100 * sums["hurting"] / cells,
+            "helping_of_nonzero_percent": 100 * sums["helping"] / moving, "decay": sums["decay"], "size": size,
+        }  # fmt: skip

@@ -40,7 +40,7 @@ class Task:
         objective: the loss.
         precision: how exact.
         tensors: as in a run's configuration.
-        cells: whether A of every step and parameter is kept.
+        cells: whether A of every step and parameter is kept; "classes": that of each class, as well.
         decay: see `Totals`.
         parts: names of the parts of the motion; empty for none.
         split: gives them.
@@ -51,7 +51,7 @@ class Task:
     objective: Objective
     precision: Precision
     tensors: Sequence[Mapping[str, Any]]
-    cells: bool
+    cells: bool | str
     decay: Array | None = None
     parts: tuple[str, ...] = ()
     split: Split | None = None

@@ -50,7 +50,7 @@ def lca(
     batch_norm: str = "batch",
     dropout: str = "off",
     chunk: int | None = None,
-    cells: bool | None = None,
+    cells: bool | str | None = None,
     save: bool = True,
     seed: int = 0,
     progress: bool = True,
@@ -70,7 +70,7 @@ def lca(
         objective=objective,
         precision=precision or Precision(),
         tensors=store.config["tensors"],
-        cells=keep_cells(store.parameters, stop - start, cells),
+        cells=keep_cells(store.parameters, stop - start, cells, classes),
         decay=decay_of(store),
         archive=Archive(store.uri, name_of(classes, subset) if name is None else name) if save else None,
     )
@@ -96,14 +96,14 @@ def of_path(
     batch_norm: str,
     dropout: str,
     chunk: int | None,
-    cells: bool | None,
+    cells: bool | str | None,
     seed: int,
     progress: bool,
 ) -> Allocation:
     """Allocate the change of a loss along any path of weights, in memory; see `Checkpoints.lca`."""
     samples = samples_of(data, classes=classes, subset=subset, seed=seed, progress=progress)
     objective = Objective(model, loss_fn, samples, batch_norm=batch_norm, dropout=dropout, chunk=chunk, seed=seed)
-    keep = keep_cells(objective.parameters, len(path.steps) - 1, cells)
+    keep = keep_cells(objective.parameters, len(path.steps) - 1, cells, classes)
     task = Task(path, objective, precision or Precision(), tensors, keep)
     rows, sums = task.run(path, progress)
     found = Allocation(rows, sums, task.spec(), task.labels(), tensors, None, name)
@@ -177,8 +177,10 @@ def name_of(classes: bool, subset: int | None) -> str:
     return "classes" if classes else "subset" if subset is not None else "train"
 
 
-def keep_cells(parameters: int, steps: int, cells: bool | None) -> bool:
+def keep_cells(parameters: int, steps: int, cells: bool | str | None, classes: bool) -> bool | str:
     """Whether A of each step and parameter is kept: as asked, or by its size."""
+    if isinstance(cells, str) and (cells != "classes" or not classes):
+        raise NbdynError(f'cells={cells!r}: True, False, or with classes=True "classes", which keeps A of each class.')
     nbytes = 4 * steps * parameters
     if cells is None and nbytes > CELLS_BYTES:
         say(

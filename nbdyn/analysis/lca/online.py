@@ -110,7 +110,7 @@ class Online:
             objective=self.prepared.objective,
             precision=options.get("precision") or Precision(),
             tensors=store.config["tensors"],
-            cells=keep_cells(store.parameters, EXPECTED_STEPS, options.get("cells")),
+            cells=keep_cells(store.parameters, EXPECTED_STEPS, options.get("cells"), bool(options.get("classes"))),
             decay=decay_of(store),
             archive=self._archive,
         )

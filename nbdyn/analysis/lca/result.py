@@ -107,17 +107,8 @@ class Allocation:
         return self._totals(np.arange(len(self.tensors)), names)
 
     def _totals(self, code: Array, names: dict[str, list[str]]) -> pd.DataFrame:
-        sums = {name: np.bincount(code, values.sum(0)) for name, values in self._rows.tensors.items()}
-        size = np.bincount(code, [t["size"] for t in self.tensors])
-        cells, moving = size * len(self), sums["helping"] + sums["hurting"]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            table = {
-                **names, "lca": sums["sum"], "help": sums["sum"] - sums["hurt"], "hurt": sums["hurt"],
-                "helping_percent": 100 * sums["helping"] / cells, "zero_percent": 100 * (1 - moving / cells),
-                "hurting_percent": 100 * sums["hurting"] / cells,
-                "helping_of_nonzero_percent": 100 * sums["helping"] / moving, "decay": sums["decay"], "size": size,
-            }  # fmt: skip
-        return self._framed(pd.DataFrame(table), "loss change allocation by layer")
+        table = checks.shares(self._rows.tensors, np.array([t["size"] for t in self.tensors]), code)
+        return self._framed(pd.DataFrame(names | table), "loss change allocation by layer")
 
     @property
     def units(self) -> pd.DataFrame:
@@ -152,16 +143,19 @@ class Allocation:
         frame = pd.DataFrame(values, columns=columns, index=pd.Index(self._steps, name="step"))
         return self._framed(frame, f"loss change allocation by step and {by}")
 
-    def cells(self, selector: str = "all", steps: slice = slice(None)) -> Array:
+    def cells(self, selector: str = "all", steps: slice = slice(None), of_class: int | None = None) -> Array:
         """A of some parameters, (steps, parameters) float32, in the order of their global indices.
 
         Args:
             selector: names, patterns or indices as everywhere: "fc1.weight[3,:]".
             steps: places, counted from the first step of the allocation.
+            of_class: A^c of this class, of its own mean loss; None for A of the whole.
 
         Raises:
-            NotRecorded: if only sums were kept.
+            NotRecorded: if only sums were kept, or not those of classes.
+            UnknownName: if there is no such class.
         """
+        group = 0 if of_class is None else 1 + self._class(of_class)
         indices = select(selector, list(self.tensors)).indices
         places = np.arange(len(self))[steps]
         if not self.spec["cells"]:
@@ -169,12 +163,21 @@ class Allocation:
         if not len(places):
             return np.empty((0, len(indices)), np.float32)
         if self._archive is None:
-            return self._rows.cells[places][:, indices]
+            kept = self._rows.cells[places]
+            return (kept[:, group] if kept.ndim == 3 else kept)[:, indices]
         entry = self._archive.entry()
         assert entry is not None
         whole = np.array_equal(indices, np.arange(sum(t["size"] for t in self.tensors)))
         first, last = int(places.min()), int(places.max())
-        return self._archive.cells(entry, first, last + 1, slice(None) if whole else indices)[places - first]
+        return self._archive.cells(entry, first, last + 1, slice(None) if whole else indices, group)[places - first]
+
+    def _class(self, label: int) -> int:
+        """The number of a class whose cells are kept."""
+        if self.spec["cells"] != "classes":
+            raise NotRecorded('cells of classes were not kept; compute with classes=True, cells="classes".')
+        if label not in self.labels["groups"]:
+            raise UnknownName(f"no class {label!r}; there are {', '.join(map(str, self.labels['groups']))}.")
+        return self.labels["groups"].index(label)
 
     # Groups of samples, parts of the motion -----------------------------------------------------------------------
 

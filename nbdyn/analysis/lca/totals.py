@@ -109,7 +109,7 @@ class Rows:
         units: sum of A of each unit, (n, units).
         groups: sum of A^g of each tensor for each group of samples, (n, groups, tensors).
         parts: sum of A of each tensor for each part of the motion, (n, parts, tensors).
-        cells: A, (n, P) float32, or (n, 0) where they are not kept.
+        cells: A, (n, P) float32, or (n, 0) where they are not kept; by class (n, 1 + groups, P), A itself first.
     """
 
     steps: dict[str, Array]
@@ -161,7 +161,7 @@ class Totals:
 
     Attributes:
         tensors: those of the run's configuration.
-        keep_cells: whether rows of A are given, too.
+        keep_cells: whether rows of A are given, too; "classes": those of each group, as well.
         decay: L2 weight decay of each parameter's group, (P,) or None: the term (lambda/2) w^2 of the loss that it
             stands for is integrated exactly, lambda/2 (w[t+1]^2 - w[t]^2).
         groups: groups of samples; 0 for none.
@@ -170,7 +170,7 @@ class Totals:
     """
 
     tensors: Sequence[Mapping[str, Any]]
-    keep_cells: bool
+    keep_cells: bool | str
     decay: Array | None = None
     groups: int = 0
     sums: Sums = field(default_factory=dict)
@@ -212,13 +212,16 @@ class Totals:
             "gradient_square": self._of_squares(found.grad), "motion_square": self._of_squares(found.motion),
         }  # fmt: skip
         groups = split = np.empty((0, len(self.tensors)))
+        kept = cells.astype(np.float32) if self.keep_cells else np.empty(0, np.float32)
         if found.groups is not None:
-            of_groups = units.by_run(found.groups * found.motion)
+            group_cells = found.groups * found.motion
+            if self.keep_cells == "classes":
+                kept = np.vstack([kept, group_cells.astype(np.float32)])
+            of_groups = units.by_run(group_cells)
             groups = units.by_tensor(of_groups)
             self.sums["unit_groups"]["value"] += units.by_unit(of_groups)
         if parts is not None:
             split = self._by_tensor(found.average * parts)
-        kept = cells.astype(np.float32) if self.keep_cells else np.empty(0, np.float32)
         return Rows(
             {name: np.array([float(value)]) for name, value in steps.items()},
             {name: values[None] for name, values in tensors.items()},
