@@ -27,8 +27,8 @@ def of_blocks(blocks: np.ndarray, names: Sequence[str], size: int, of: int, leve
     Returns:
         One row a name: lca, low, high, standard_error, blocks, samples, of.
 
-    >>> of_blocks(np.array([[1.0], [3.0]]), ["fc"], 50, 100).round(3).iloc[0].tolist()
-    ['fc', 2.0, -6.985, 10.985, 0.707, 2, 50, 100]
+    >>> of_blocks(np.array([[1.0], [3.0]]), ["fc"], 50, 100)[["lca", "low", "high"]].round(3).to_numpy().tolist()
+    [[2.0, -6.985, 10.985]]
     """
     count = len(blocks)
     mean = blocks.mean(0)
