@@ -178,14 +178,14 @@ class Run:
             NbdynError: if the name is taken by another allocation.
         """
         from nbdyn.analysis.lca import of_run
+        from nbdyn.analysis.lca.asked import Asked
 
         if data is None and loss_fn is None and (name is not None or self.data is None):
             return of_run.open_allocation(self.store, name)
+        asked = Asked(classes, subset, precision, batch_norm, dropout, chunk, cells, seed)
         return of_run.lca(
-            self.store, self.data if data is None else data, loss_fn, model or self.model, train_data=self.data,
-            name=name, classes=classes, subset=subset, motion=motion, steps=steps, precision=precision,
-            batch_norm=batch_norm, dropout=dropout, chunk=chunk, cells=cells, save=save, seed=seed, progress=progress,
-            replace=replace,
+            self.store, self.data if data is None else data, loss_fn, model or self.model, asked, train_data=self.data,
+            name=name, motion=motion, steps=steps, save=save, progress=progress, replace=replace,
         )  # fmt: skip
 
     def note(self, text: str) -> None:

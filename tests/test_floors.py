@@ -17,8 +17,8 @@ PACKAGE = Path(__file__).parents[1] / "nbdyn"
 FLOORS = {
     "errors": 0, "schema": 0, "settings": 0, "datasets": 0, "cells": 0,
     "store": 1,
-    "recorder": 2, "query": 2, "statistics": 2,
-    "plots": 3, "thumbnails": 3,
+    "recorder": 2, "query": 2, "plots": 2, "thumbnails": 2,
+    "statistics": 3,
     "analysis": 4,
     "parallel": 5,
     "widgets": 6,

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 import nbdyn
 from nbdyn.analysis.lca.layerwise import frozen
-from nbdyn.analysis.lca.motion import PARTS, Motion, MotionParts, split_allocation
+from nbdyn.analysis.lca.motion import PARTS, Motion, MotionParts
 from nbdyn.errors import Incompatible, NbdynError, NotRecorded
 from nbdyn.store import Store
 from tests import problems
@@ -330,16 +330,6 @@ def test_steps_that_the_scaler_skipped_and_tensors_without_gradient(tmp_path: Pa
         assert row.residual < 3e-7
         assert bool(row.values.any()) == (t not in (0, 4)) and not row.values[:, -6:].any()
         assert bool(row["momentum"].any()) == (t not in (0, 1, 4))
-
-
-def test_allocation_adds_up() -> None:
-    rng = np.random.default_rng(0)
-    k, parts = rng.normal(size=7), rng.normal(size=(4, 7))
-    found = split_allocation(k, parts)
-    np.testing.assert_allclose(found.sum(axis=0), k * parts.sum(axis=0))
-    assert found[2, 3] == k[3] * parts[2, 3]
-    with pytest.raises(Incompatible, match=r"k of shape \(6,\) and parts of shape \(4, 7\)"):
-        split_allocation(k[:6], parts)
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

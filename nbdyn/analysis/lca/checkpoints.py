@@ -178,13 +178,11 @@ class Checkpoints:
         Raises:
             NbdynError, CorruptRun, Incompatible: as `row`; as `nbdyn.Run.lca`.
         """
+        from nbdyn.analysis.lca.asked import Asked
         from nbdyn.analysis.lca.of_run import of_path
 
-        return of_path(
-            self, self.model, data, loss_fn, self.tensors, self.folder.name, classes=classes, subset=subset,
-            precision=precision, batch_norm=batch_norm, dropout=dropout, chunk=chunk, cells=cells, seed=seed,
-            progress=progress,
-        )  # fmt: skip
+        asked = Asked(classes, subset, precision, batch_norm, dropout, chunk, cells, seed)
+        return of_path(self, self.model, data, loss_fn, self.tensors, self.folder.name, asked, progress)
 
     def buffers(self, k: int) -> dict[str, torch.Tensor]:
         """The buffers of a checkpoint (running statistics) by name, in the model's dtypes, on the CPU.

@@ -77,7 +77,7 @@ class Motion:
 
         motion = Motion(run.store)
         parts = motion.parts(0, w0, w1, full_gradient)
-        split_allocation(k, parts.values).sum(axis=1)      # the loss change of step 0 that each part made
+        (k * parts.values).sum(axis=1)      # the loss change of step 0 that each part made
 
     What each part says. "gradient": what the step would have been with the whole training set at once and no memory.
     "noise": all that the optimizer's gradient differed by: the choice of the batch; also clipping, another mode of
@@ -169,30 +169,6 @@ class Motion:
         else:
             for t in range(self._next, step):
                 self._carrier.take(t, nothing, nothing)
-
-
-def split_allocation(k: np.ndarray, parts: np.ndarray) -> np.ndarray:
-    """The allocation of a step to its parts: A[j, i] = k[i] dw[j, i], in nats (parts, P) float64.
-
-    The sum over parts is the step's allocation k dw, but for the parts' residual; the sum over parameters is the loss
-    change that each part made along the step taken. It is linear: what the loss would have done without a part is
-    another question.
-
-    Args:
-        k: the gradient of the full loss, averaged over the path of the step, (P,).
-        parts: `MotionParts.values`, (parts, P).
-
-    Raises:
-        Incompatible: if the shapes do not fit.
-
-    >>> split_allocation(np.array([1.0, -2.0]), np.array([[0.5, 0.5], [0.0, 1.0]]))
-    array([[ 0.5, -1. ],
-           [ 0. , -2. ]])
-    """
-    k, parts = np.asarray(k, np.float64), np.asarray(parts, np.float64)
-    if k.ndim != 1 or parts.ndim != 2 or parts.shape[1] != len(k):
-        raise Incompatible(f"k of shape {k.shape} and parts of shape {parts.shape}; give k (P,) and parts (parts, P).")
-    return k * parts
 
 
 class _Carrier(Work):

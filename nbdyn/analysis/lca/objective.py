@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 import hashlib
 import itertools
 import math
@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from nbdyn.analysis.lca.network import copied, flatten, live_buffers, unhooked
 from nbdyn.analysis.lca.samples import Samples
 from nbdyn.errors import Incompatible, NbdynError
-from nbdyn.recorder.describe import clean_name, named_parameters
+from nbdyn.recorder.describe import clean_name
 from nbdyn.recorder.losses import Evaluator
 
 BATCH_NORM = ("batch", "running")
@@ -81,14 +82,14 @@ class Objective:
         seed: int = 0,
     ) -> None:
         self.batch_norm, self.dropout, self._seed = batch_norm, dropout, seed
-        self._model = _copied(model)
+        self._model = copied(model)
         norms = self._set_modes()
         self.has_batch_norm = bool(norms)
         self.coupled = any(norm.training or norm.running_mean is None for norm in norms)
-        self._live = _live_buffers(self._model)
+        self._live = live_buffers(self._model)
         self.samples = samples.in_order() if self.coupled else samples
-        self._loss_fn, self._evaluate = _unhooked(loss_fn), Evaluator(loss_fn)
-        self._flat, self._grad = _flatten(self._model)
+        self._loss_fn, self._evaluate = unhooked(loss_fn), Evaluator(loss_fn)
+        self._flat, self._grad = flatten(self._model)
         self.device = self._flat.device
         self.gradients = self.evaluations = 0
         self.seconds = 0.0
@@ -323,13 +324,18 @@ class Objective:
                 torch.manual_seed(self._seed)
                 yield
 
-    def describe(self) -> dict[str, Any]:
-        """What defines L, JSON-able: stored with results and compared before one is taken up again."""
+    @functools.cached_property
+    def _digest(self) -> str:
+        """Of the data: reading gigabytes takes seconds."""
         digest = hashlib.blake2b(digest_size=16)
         for tensor in (self.samples.inputs, self.samples.targets):
-            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """What defines L, JSON-able: stored with results and compared before one is taken up again."""
         loss = " ".join(_settings(self._loss_fn))
-        found = {"samples": len(self.samples), "data": digest.hexdigest(), "loss": loss, "dropout": self.dropout}
+        found = {"samples": len(self.samples), "data": self._digest, "loss": loss, "dropout": self.dropout}
         if self.dropout == "fixed":
             found |= {"masks": self._seed}
         if self.has_batch_norm:
@@ -352,54 +358,3 @@ def _settings(loss_fn: Any) -> Iterator[str]:
             yield f"{name}={value.tolist()}"
         elif isinstance(value, (bool, int, float, str, type(None))):
             yield f"{name}={value}"
-
-
-def _live_buffers(model: nn.Module) -> frozenset[str]:
-    """The buffers that the loss may depend on: all but the running statistics of norms that use those of the batch."""
-    idle = {
-        id(buffer)
-        for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
-        for name, buffer in module.named_buffers(recurse=False)
-        if module.training or name == "num_batches_tracked"
-    }
-    return frozenset(clean_name(name) for name, buffer in model.named_buffers() if id(buffer) not in idle)
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    """A copy of the network, without gradients."""
-    try:
-        copied = copy.deepcopy(model)
-    except (TypeError, RuntimeError) as error:
-        raise Incompatible(
-            f"this {type(model).__name__} cannot be copied ({error}); while it is recorded, use record(..., lca=...)."
-        ) from error
-    copied.zero_grad(set_to_none=True)
-    return copied
-
-
-def _unhooked(loss_fn: Any) -> Any:
-    """The loss function, none of whose hooks (a recorder's) sees what is evaluated here."""
-    if not isinstance(loss_fn, nn.Module):
-        return loss_fn
-    form = copy.copy(loss_fn)
-    form._forward_hooks = type(loss_fn._forward_hooks)()
-    return form
-
-
-def _flatten(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """Make a model's parameters and their gradients views of two flat tensors."""
-    named = named_parameters(model)
-    kinds = {p.dtype for _, p in named}
-    devices = {p.device for _, p in named}
-    if len(kinds) > 1 or len(devices) > 1:
-        raise Incompatible(f"the parameters are of several types or devices: {kinds | devices}; LCA needs one of each.")
-    flat = torch.cat([p.detach().reshape(-1) for _, p in named])
-    grad = torch.zeros_like(flat)
-    place = 0
-    for _, p in named:
-        piece = slice(place, place + p.numel())
-        p.requires_grad_(True)
-        p.data, p.grad = flat[piece].view(p.shape), grad[piece].view(p.shape)
-        place += p.numel()
-    return flat, grad

@@ -9,20 +9,19 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from nbdyn.analysis.lca.asked import Asked
 from nbdyn.analysis.lca.compute import Split, Task, read
 from nbdyn.analysis.lca.engine import StepAllocation
 from nbdyn.analysis.lca.losses import loss_of
 from nbdyn.analysis.lca.motion import Motion
-from nbdyn.analysis.lca.objective import Objective
 from nbdyn.analysis.lca.paths import Path, RunPath
 from nbdyn.analysis.lca.precision import Precision
 from nbdyn.analysis.lca.result import Allocation
 from nbdyn.analysis.lca.rules import ADAPTIVE, RULES
-from nbdyn.analysis.lca.samples import samples_of
 from nbdyn.analysis.lca.totals import Rows, Sums
 from nbdyn.errors import CorruptRun, Incompatible, NbdynError
 from nbdyn.recorder.describe import named_parameters
-from nbdyn.settings import format_size, say
+from nbdyn.settings import say
 from nbdyn.store import Store, allocations
 from nbdyn.store.allocations import Archive
 
@@ -30,29 +29,20 @@ COUPLED = (
     "SGD", "ASGD", "Adagrad", "Adadelta", "Adam", "Adamax", "NAdam", "RAdam", "RMSprop",
 )  # fmt: skip
 """Optimizers of torch.optim that add weight decay to the gradient, as a term (lambda/2) w^2 of the loss would."""
-CELLS_BYTES = 2_000_000_000
-"""Where nothing is said, A of every step and parameter is kept up to so many bytes."""
 
 
 def lca(
     store: Store,
     data: Any,
-    loss_fn: Any = None,
-    model: nn.Module | None = None,
+    loss_fn: Any,
+    model: nn.Module | None,
+    asked: Asked,
     *,
     name: str | None = None,
     train_data: Any = None,
-    classes: bool = False,
-    subset: int | None = None,
     motion: bool = False,
     steps: tuple[int, int] | None = None,
-    precision: Precision | None = None,
-    batch_norm: str = "batch",
-    dropout: str = "off",
-    chunk: int | None = None,
-    cells: bool | str | None = None,
     save: bool = True,
-    seed: int = 0,
     progress: bool = True,
     replace: bool = False,
 ) -> Allocation:
@@ -61,22 +51,24 @@ def lca(
         raise Incompatible("LCA needs the network: nbdyn.open(path, model=model), or run.lca(data, loss_fn, model).")
     check_model(store, model)
     loss_fn = loss_of(store, loss_fn)
-    samples = samples_of(data, classes=classes, subset=subset, seed=seed, progress=progress)
-    objective = Objective(model, loss_fn, samples, batch_norm=batch_norm, dropout=dropout, chunk=chunk, seed=seed)
+    objective = asked.objective(model, loss_fn, data, progress)
     start, stop = (0, store.steps_committed) if steps is None else map(operator.index, steps)
     path = RunPath(store, start, stop, model, loss_fn, train_data)
     task = Task(
         extent=path,
         objective=objective,
-        precision=precision or Precision(),
+        precision=asked.precision or Precision(),
         tensors=store.config["tensors"],
-        cells=keep_cells(store.parameters, stop - start, cells, classes),
+        cells=asked.kept(store.parameters, stop - start),
         decay=decay_of(store),
-        archive=Archive(store.uri, name_of(classes, subset) if name is None else name) if save else None,
+        archive=Archive(store.uri, asked.name if name is None else name) if save else None,
     )
     if motion:
         task.parts, task.split = _split(store, path, task.precision)
     rows, sums = task.run(path, progress, replace)
+    if path.residuals:
+        off = max(path.residuals.values())
+        say(f"weights between snapshots were {path.how}; off by at most {off:.2g} where snapshots were met.")
     found = Allocation(rows, sums, task.spec(), task.labels(), task.tensors, task.archive, store.name)
     found.warn()
     return found
@@ -89,22 +81,13 @@ def of_path(
     loss_fn: Any,
     tensors: Sequence[Mapping[str, Any]],
     name: str,
-    *,
-    classes: bool,
-    subset: int | None,
-    precision: Precision | None,
-    batch_norm: str,
-    dropout: str,
-    chunk: int | None,
-    cells: bool | str | None,
-    seed: int,
+    asked: Asked,
     progress: bool,
 ) -> Allocation:
     """Allocate the change of a loss along any path of weights, in memory; see `Checkpoints.lca`."""
-    samples = samples_of(data, classes=classes, subset=subset, seed=seed, progress=progress)
-    objective = Objective(model, loss_fn, samples, batch_norm=batch_norm, dropout=dropout, chunk=chunk, seed=seed)
-    keep = keep_cells(objective.parameters, len(path.steps) - 1, cells, classes)
-    task = Task(path, objective, precision or Precision(), tensors, keep)
+    objective = asked.objective(model, loss_fn, data, progress)
+    kept = asked.kept(objective.parameters, len(path.steps) - 1)
+    task = Task(path, objective, asked.precision or Precision(), tensors, kept)
     rows, sums = task.run(path, progress)
     found = Allocation(rows, sums, task.spec(), task.labels(), tensors, None, name)
     found.warn()
@@ -170,24 +153,6 @@ def decay_of(store: Store) -> np.ndarray | None:
         return None
     of_tensor = [rates[t["group"]] if t["group"] >= 0 else 0.0 for t in store.config["tensors"]]
     return np.repeat(of_tensor, [t["size"] for t in store.config["tensors"]])
-
-
-def name_of(classes: bool, subset: int | None) -> str:
-    """The name of an allocation that was given none."""
-    return "classes" if classes else "subset" if subset is not None else "train"
-
-
-def keep_cells(parameters: int, steps: int, cells: bool | str | None, classes: bool) -> bool | str:
-    """Whether A of each step and parameter is kept: as asked, or by its size."""
-    if isinstance(cells, str) and (cells != "classes" or not classes):
-        raise NbdynError(f'cells={cells!r}: True, False, or with classes=True "classes", which keeps A of each class.')
-    nbytes = 4 * steps * parameters
-    if cells is None and nbytes > CELLS_BYTES:
-        say(
-            f"A of {steps:,} steps and {parameters:,} parameters would be {format_size(nbytes)}: sums and counts "
-            "are kept, single cells are not (cells=True keeps them)."
-        )
-    return nbytes <= CELLS_BYTES if cells is None else cells
 
 
 def _split(store: Store, path: RunPath, precision: Precision) -> tuple[tuple[str, ...], Split]:

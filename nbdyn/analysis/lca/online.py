@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from nbdyn.analysis.lca.asked import Asked
 from nbdyn.analysis.lca.compute import Task
-from nbdyn.analysis.lca.objective import Objective
-from nbdyn.analysis.lca.of_run import decay_of, keep_cells, name_of, open_allocation
+from nbdyn.analysis.lca.of_run import decay_of, open_allocation
 from nbdyn.analysis.lca.precision import Precision
-from nbdyn.analysis.lca.samples import samples_of
 from nbdyn.errors import NbdynError
 from nbdyn.recorder.describe import clean_name, named_parameters
 from nbdyn.recorder.recorder import Recorder
@@ -22,11 +21,8 @@ from nbdyn.settings import say
 from nbdyn.store import Store
 from nbdyn.store.allocations import Archive
 
-OPTIONS = (
-    "data", "loss_fn", "name", "classes", "subset", "precision", "batch_norm", "dropout", "chunk", "cells", "seed",
-)  # fmt: skip
-
-
+OPTIONS = ("data", "loss_fn", "name", *(field.name for field in fields(Asked)))
+"""What a dict given as `lca` may hold."""
 EXPECTED_STEPS = 10_000
 """How long a training may be that single cells are kept of, where nothing is said of them."""
 
@@ -71,12 +67,11 @@ class Prepared:
                 f"lca={{...}}: {', '.join(unknown) or 'data is missing'}; it takes the data, or a dict of "
                 f"{', '.join(OPTIONS)}."
             )
-        self.options = options
-        classes, subset, seed = options.get("classes", False), options.get("subset"), options.get("seed", 0)
-        samples = samples_of(options["data"], classes=classes, subset=subset, seed=seed)
-        modes = {name: options[name] for name in ("batch_norm", "dropout", "chunk") if name in options}
-        self.objective = Objective(model, options.get("loss_fn") or loss_fn, samples, seed=seed, **modes)
-        self.name = options.get("name") or name_of(classes, subset)
+        data, name = options.pop("data"), options.pop("name", None)
+        loss_fn = options.pop("loss_fn", None) or loss_fn
+        self.asked = Asked(**options)
+        self.objective = self.asked.objective(model, loss_fn, data)
+        self.name = name or self.asked.name
         Archive("", self.name)  # what is wrong with a name is said before anything is recorded
 
 
@@ -98,7 +93,7 @@ class Online:
     _failed: bool = field(default=False)
 
     def __post_init__(self) -> None:
-        store, options = Store(self.recorder.uri), self.prepared.options
+        store, asked = Store(self.recorder.uri), self.prepared.asked
         self._before = self._weights()
         self._next = self.recorder.step
         self._archive = Archive(self.recorder.uri, self.prepared.name)
@@ -108,9 +103,9 @@ class Online:
         self._task = Task(
             extent=_Growing(first),
             objective=self.prepared.objective,
-            precision=options.get("precision") or Precision(),
+            precision=asked.precision or Precision(),
             tensors=store.config["tensors"],
-            cells=keep_cells(store.parameters, EXPECTED_STEPS, options.get("cells"), bool(options.get("classes"))),
+            cells=asked.kept(store.parameters, EXPECTED_STEPS),
             decay=decay_of(store),
             archive=self._archive,
         )

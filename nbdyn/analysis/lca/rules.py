@@ -6,7 +6,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Protocol
 
 import numpy as np
@@ -80,7 +79,7 @@ def fixed(name: str, splits: int = 1) -> Quadrature:
         raise NbdynError(f"splits={splits!r}: equal parts of each step; give a whole number from 1.")
     nodes, weights, _ = RULES[name]
     rule, coarser = dict(zip(nodes, weights, strict=True)), _COARSER.get(name, {})
-    edges = [float(Fraction(n, splits)) for n in range(splits + 1)]
+    edges = [n / splits for n in range(splits + 1)]
     parts = list(itertools.pairwise(edges))
     return Quadrature(_joined((p, rule) for p in parts), _joined((p, coarser) for p in parts))
 
