@@ -17,18 +17,19 @@ PACKAGE = Path(__file__).parents[1] / "nbdyn"
 FLOORS = {
     "errors": 0, "schema": 0, "settings": 0, "datasets": 0, "cells": 0,
     "store": 1,
-    "recorder": 2, "query": 2, "plots": 2, "thumbnails": 2,
-    "statistics": 3,
-    "analysis": 4,
-    "parallel": 5,
-    "widgets": 6,
-    "magics": 7, "magic_options": 7, "magic_names": 7, "magic_completion": 7,
-    "accessor": 7, "run": 7, "moment": 7, "recording": 7, "folder": 7, "demo": 7, "doctor": 7,
-    "__main__": 7,
+    "recorder": 2, "query": 2,
+    "plots": 3, "thumbnails": 3,
+    "statistics": 4,
+    "analysis": 5,
+    "parallel": 6,
+    "widgets": 7,
+    "magics": 8, "magic_options": 8, "magic_names": 8, "magic_completion": 8,
+    "accessor": 8, "run": 8, "moment": 8, "recording": 8, "folder": 8, "demo": 8, "doctor": 8,
+    "__main__": 8,
 }  # fmt: skip
 """The floor of each room (a folder or a file of nbdyn). `__init__` is the door: it stands outside."""
 
-SINGLE_FILES = {0, 7}
+SINGLE_FILES = {0, 8}
 """On these floors the rooms are single files, which may also import each other, in no circle."""
 
 
