@@ -1,7 +1,8 @@
-"""The runs of a folder, as a table."""
+"""The runs of a folder as a table, and the card of one run."""
 
 from __future__ import annotations
 
+import html
 import os
 from typing import Any
 
@@ -59,3 +60,25 @@ def _disk_bytes(uri: str) -> int:
 def weights_words(config: dict[str, Any]) -> str:
     """How often weights were recorded."""
     return "every step" if config["weights"] == "every" else f"every {config['every']} steps"
+
+
+def card(store: Store) -> str:
+    """What a notebook shows of a run: HTML, all text escaped."""
+    steps = frames.steps(store, max(0, store.steps_committed - 1))
+    last = steps.iloc[-1] if len(steps) else None
+    rows = {
+        "where": store.uri,
+        "status": store.status,
+        "steps": f"{store.steps_committed:,}" + ("" if last is None else f" in {int(last['epoch']) + 1} epochs"),
+        "last loss": "" if last is None else f"{last['loss']:.4g}",
+        "model": f"{store.config['model']}, {store.parameters:,} parameters",
+        "optimizer": store.config["optimizer"]["name"],
+        "weights": weights_words(store.config),
+        "recorded": store.config["created"],
+    }
+    cells = "".join(
+        f"<tr><th style='text-align:left'>{html.escape(key)}</th>"
+        f"<td style='text-align:left'>{html.escape(str(value))}</td></tr>"
+        for key, value in rows.items()
+    )
+    return f"<div class='nbdyn-run'><b>{html.escape(store.name)}</b><table>{cells}</table></div>"

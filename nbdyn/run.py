@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import pandas as pd
 
 from nbdyn import accessor  # noqa: F401  (importing it registers df.dyn, for the frames that runs give)
 from nbdyn.errors import NbdynError
-from nbdyn.folder import weights_words
+from nbdyn.folder import card, weights_words
 from nbdyn.moment import Moment
 from nbdyn.store import Store, Weights, frames
 from nbdyn.store.gradients import Gradients
@@ -368,24 +367,7 @@ class Run:
         )
 
     def _repr_html_(self) -> str:
-        steps = frames.steps(self.store, max(0, len(self) - 1))
-        last = steps.iloc[-1] if len(steps) else None
-        rows = {
-            "where": self.uri,
-            "status": self.status,
-            "steps": f"{len(self):,}" + ("" if last is None else f" in {int(last['epoch']) + 1} epochs"),
-            "last loss": "" if last is None else f"{last['loss']:.4g}",
-            "model": f"{self.config['model']}, {self.store.parameters:,} parameters",
-            "optimizer": self.config["optimizer"]["name"],
-            "weights": weights_words(self.config),
-            "recorded": self.config["created"],
-        }
-        cells = "".join(
-            f"<tr><th style='text-align:left'>{html.escape(key)}</th>"
-            f"<td style='text-align:left'>{html.escape(str(value))}</td></tr>"
-            for key, value in rows.items()
-        )
-        return f"<div class='nbdyn-run'><b>{html.escape(self.name)}</b><table>{cells}</table></div>"
+        return card(self.store)
 
 
 def open(path: str | os.PathLike[str] | Recorder, model: nn.Module | None = None, data: Any = None) -> Run:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +30,6 @@ DATA = problems.data()
 LOSS = nn.CrossEntropyLoss()
 FIXED = Precision("simpson")
 FRAMES = ("steps", "layers", "by_tensor", "units", "parameters")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def net(batch_norm: bool = False) -> nn.Sequential:

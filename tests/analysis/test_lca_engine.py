@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -18,14 +17,6 @@ from nbdyn.analysis.lca.samples import samples_of
 from nbdyn.errors import NbdynError
 
 HIGHER = ("simpson", "boole", "gauss")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def points(count: int, size: int, scale: float = 1.0, seed: int = 0) -> np.ndarray:

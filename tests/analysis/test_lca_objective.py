@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,14 +22,6 @@ from nbdyn.errors import Incompatible, NbdynError
 from tests.networks import CharLSTM
 
 SIZE, CLASSES = 70, 4
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def inputs(size: int = SIZE, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,6 @@ from nbdyn.store.verify import verify
 from tests import problems
 
 DATA, LOSS, FIXED = problems.data(), nn.CrossEntropyLoss(), Precision("simpson")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def train(path: Path, model: nn.Module, loss_fn: Any = LOSS, **options: Any) -> nbdyn.Run:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,14 +19,6 @@ from nbdyn.analysis.lca.totals import PARAMETER_COLUMNS, STEP_COLUMNS, Rows, Tot
 from nbdyn.recorder.describe import named_parameters, tensor_entries
 
 STEPS, PARTS = 7, 3
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Everything(nn.Module):
