@@ -89,3 +89,23 @@ def test_a_run_of_one_step(tmp_path: Path) -> None:
     found = nbdyn.open(tmp_path / "run", model=model).lca(data, save=False, progress=False)
     assert len(found) == 1 and is_drawn(found.plot()) and not len(found.moments().frame())
     assert is_drawn(found.moments().plot())
+
+
+def test_correlations_of_neurons(found: Allocation) -> None:
+    together = found.same_neuron("0.weight")
+    drawn = pd.DataFrame([row for row in rows(together.plot()) if "share" in row])
+    for kind, r in together.r.items():
+        shares = drawn[drawn["kind"] == kind]
+        assert shares["share"].sum() == pytest.approx(1)
+        assert (shares["r"] * shares["share"]).sum() == pytest.approx(r.mean(), abs=0.0126)  # half a bin
+    assert is_drawn(together.plot())
+
+
+def test_classes_of_neurons(found: Allocation) -> None:
+    special = found.specialization("0")
+    chart = special.plot()
+    values = [row["value"] for row in rows(chart) if "value" in row]
+    assert sorted(values) == pytest.approx(sorted(special.neurons[["top_1", "top_2", "entropy"]].stack().dropna()))
+    means = {row["observed"] for row in rows(chart) if "observed" in row}
+    assert means <= set(special.tests["observed"]) and len(means) == 3
+    assert is_drawn(chart)

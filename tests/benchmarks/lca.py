@@ -160,6 +160,8 @@ def classes(folder: Path) -> None:
     show(found.concentration())
     show(found.tail())
     found.moments(top=20).plot().save(FIGURES / "lca-moments.svg")
+    found.same_neuron("2.weight").plot().save(FIGURES / "lca-same-neuron.svg")
+    found.specialization("2").plot().save(FIGURES / "lca-specialization.svg")
     (FIGURES / "lca-saliency.png").write_bytes(to_png(found.plot_saliency("0.weight", (28, 28))))
     found.plot().save(FIGURES / "lca-fc.svg")
 

@@ -13,6 +13,7 @@ from nbdyn.plots.grids import colour
 
 if TYPE_CHECKING:
     from nbdyn.analysis.lca.learning import Moments
+    from nbdyn.analysis.lca.neurons import SameNeuron, Specialization
     from nbdyn.analysis.lca.result import Allocation
 
 HELPS, HURTS = COLORS[2], COLORS[1]
@@ -96,6 +97,56 @@ def saliency(images: np.ndarray, units: np.ndarray, title: str) -> Any:
         )
     )
     return titled(chart, title, f"{count} of {len(images)} units, those that helped most; below 0: it hurt")
+
+
+def same_neuron(found: SameNeuron) -> Any:
+    """The distribution of r of each kind of pair, and the mean r of each with its permutation null."""
+    edges = np.linspace(-1, 1, 81)
+    counted = [(kind, np.histogram(r, edges)[0] / max(1, len(r))) for kind, r in found.r.items()]
+    shares = pd.concat([
+        pd.DataFrame({"kind": kind, "r": (edges[1:] + edges[:-1]) / 2, "share": share}) for kind, share in counted
+    ])  # fmt: skip
+    color = alt.Color("kind:N", title=None, scale=alt.Scale(domain=list(found.r), range=list(COLORS[: len(found.r)])))
+    x = alt.X("r:Q", axis=alt.Axis(title="correlation of two weights' allocations over the steps", **AXIS))
+    y = alt.Y("share:Q", axis=alt.Axis(title="share of pairs", **AXIS))
+    lines = alt.Chart(shares).mark_line(interpolate="step").encode(x=x, y=y, color=color)
+    tests: Any = found.frame()
+    means = alt.Chart(tests).mark_rule(strokeDash=[4, 3]).encode(x="mean_r:Q", color=color)
+    said = [
+        f"{row['kind']}: mean r {row['mean_r']:.3f} of {row['n']:,.0f} pairs"
+        + ("" if np.isnan(row["p"]) else f", of a block {row['block_mean_r']:.3f}; under the null "
+           f"{row['null_low']:.3f} .. {row['null_high']:.3f}, p {row['p']:.2g}")
+        for row in tests.to_dict("records")
+    ]  # fmt: skip
+    chart = (lines + means).properties(width=640, height=200)
+    return titled(chart, "do weights of a neuron learn at the same steps?", said)
+
+
+def specialization(found: Specialization) -> Any:
+    """How neurons' help is divided among classes: top share, top two, entropy; the mean of each beside its null."""
+    tests: Any = found.tests.set_index("statistic")
+    rows = []
+    for name, said in (("top_1", "share of a neuron's top class"), ("top_2", "share of its top two classes"),
+                       ("entropy", "entropy over classes")):  # fmt: skip
+        values: Any = found.neurons[name].dropna()
+        ticks = [0, 0.2, 0.4, 0.6, 0.8, 1]
+        x = alt.X("value:Q", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(title=said, values=ticks, **AXIS))
+        bars = alt.Chart(pd.DataFrame({"value": values})).mark_bar(color=MUTED).encode(
+            x=x.bin(step=0.05), y=alt.Y("count()", axis=alt.Axis(title="neurons", **AXIS))
+        )  # fmt: skip
+        if name in tests.index:
+            test = tests.loc[[name]]
+            null = alt.Chart(test).mark_rect(color=COLORS[0], opacity=0.3).encode(x="null_low:Q", x2="null_high:Q")
+            mean = alt.Chart(test).mark_rule(color=HURTS, thickness=2).encode(x="observed:Q")
+            bars = null + bars + mean
+        rows.append(bars.properties(width=200, height=130))
+    said = [
+        f"{row.Index}: {row.observed:.3f}; under the null {row.null_low:.3f} .. {row.null_high:.3f}, p {row.p:.2g} "
+        f"(n {row.n:,}; {row.null})"
+        for row in tests.itertuples()
+    ]
+    heading = "do neurons help single classes? (red: mean over neurons; blue: 95 % of the null's)"
+    return titled(alt.hconcat(*rows, spacing=14), heading, said)
 
 
 def _heading(found: Allocation) -> tuple[str, str]:

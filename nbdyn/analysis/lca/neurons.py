@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -58,6 +59,12 @@ class SameNeuron:
         null. NaN where there are no such pairs.
         """
         return self.tests.copy()
+
+    def plot(self) -> Any:
+        """The distribution of r of each kind of pair, the means, and the tests, as an altair chart."""
+        from nbdyn.analysis.lca import figures
+
+        return figures.same_neuron(self)
 
     def __repr__(self) -> str:
         rows = self.tests.to_dict("records")
@@ -218,6 +225,12 @@ class Specialization:
     def frame(self) -> pd.DataFrame:
         """A row for each neuron."""
         return self.neurons.copy()
+
+    def plot(self) -> Any:
+        """How neurons' help is divided among classes, beside the nulls, as an altair chart."""
+        from nbdyn.analysis.lca import figures
+
+        return figures.specialization(self)
 
     def __repr__(self) -> str:
         rows = self.tests.to_dict("records")
