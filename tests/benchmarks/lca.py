@@ -330,7 +330,7 @@ def against_plain(table: pd.DataFrame) -> pd.DataFrame:
 def figure(table: pd.DataFrame) -> Any:
     """The last layer's allocation over the delay of its momentum: a dot a seed, a line through the means."""
     delays = table[table["treatment"].str.match("plain|delay")].copy()
-    delays["delay"] = delays["treatment"].str.extract(r"(\d+)")[0].fillna(9).astype(int)
+    delays["delay"] = delays["treatment"].str.extract(r"(\d+)")[0].fillna("9").astype(int)
     base = alt.Chart(delays).encode(x=alt.X("delay:Q", title="delay of the last layer's momentum, steps"))
     dots = base.mark_point(opacity=0.6).encode(y=alt.Y("last:Q", title="allocation of the last layer, nats"))
     line = base.mark_line().encode(y="mean(last):Q")
