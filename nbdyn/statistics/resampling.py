@@ -83,7 +83,7 @@ def moving_blocks(
     """The moving block bootstrap of a series whose values depend on their neighbours (Künsch 1989), basic interval.
 
     Blocks of the series, at any place, are put one after the other; the last is cut. Dependence over more than a block
-    is lost, so the interval is a little too narrow; it covers about 92 % in place of 95 % for a first-order
+    is lost, so the interval is a little too narrow; it covers 91 % in place of 95 % for a first-order
     autoregression of 0.7 and 500 values.
 
     Args:
