@@ -174,7 +174,11 @@ def agree(
     each: float = 5e-6,
     total: float = 1e-6,
 ) -> None:
-    """Every sample's cells agree with the reference, and their sum with p.grad, relative to the largest cell."""
+    """Every sample's cells agree with the reference, and their sum with p.grad, relative to the largest cell.
+
+    On one thread PyTorch adds up tens of thousands of rows with an error above `total`: then the sum has to be nearer
+    to the float64 one than p.grad is.
+    """
     assert found.keys() == expected.keys() and found
     for name, p in module.named_parameters():
         if name not in expected:
@@ -186,7 +190,9 @@ def agree(
         grad = p.grad
         assert grad is not None
         grad = (grad.to_dense() if grad.is_sparse else grad).double()
-        assert (found[name].sum(0) - grad).abs().max() <= total * max(largest, grad.abs().max()), name
+        summed, exact = found[name].sum(0), reference.sum(0)
+        close = (summed - grad).abs().max() <= total * max(largest, grad.abs().max())
+        assert close or (summed - exact).abs().max() < (grad - exact).abs().max(), name
 
 
 def check(
