@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from nbdyn.analysis.lca.precision import Precision as Precision
     from nbdyn.cells import WriteOut as WriteOut
     from nbdyn.folder import runs as runs
+    from nbdyn.hypotheses import ledger as ledger
     from nbdyn.recording import record as record
     from nbdyn.run import Run as Run
     from nbdyn.run import open as open
@@ -34,6 +35,7 @@ _HOMES = {
     "record": "nbdyn.recording",
     "open": "nbdyn.run",
     "runs": "nbdyn.folder",
+    "ledger": "nbdyn.hypotheses",
     "from_checkpoints": "nbdyn.analysis.lca.checkpoints",
     "Precision": "nbdyn.analysis.lca.precision",
     "Run": "nbdyn.run",
@@ -53,6 +55,7 @@ __all__ = [
     "datasets",
     "dyn",
     "from_checkpoints",
+    "ledger",
     "open",
     "options",
     "record",
@@ -78,7 +81,7 @@ def __dir__() -> list[str]:
 
 
 def load_ipython_extension(shell: InteractiveShell) -> None:
-    """`%load_ext nbdyn`: the magics %dyn and %%dyn, their completion, and `df.dyn` on data frames."""
+    """`%load_ext nbdyn`: the magics %dyn, %%dyn and %%hypothesis, their completion, and `df.dyn` on data frames."""
     from nbdyn import accessor, magics  # noqa: F401  (importing the accessor registers it)
 
     magics.load_ipython_extension(shell)

@@ -142,6 +142,59 @@ class Dyn:
         frame.attrs = dict(self._frame.attrs)
         return frame
 
+    def trend(self, y: str) -> pd.DataFrame:
+        """Does a quantity go up or down over the steps? One row a run, and one over the runs.
+
+        The null keeps the dependence of neighbouring steps; see `nbdyn.statistics.trends.trends` for the columns.
+
+        Raises:
+            UnknownName: if there is no such column.
+            Incompatible: for a run of fewer than ten values.
+
+        >>> frame = pd.DataFrame({"step": range(40), "loss": np.arange(40) * -0.1 + np.tile([0.0, 1.0, 0.5, -1.0], 10)})
+        >>> frame.dyn.trend("loss")[["n", "slope"]].round(2).values.tolist()
+        [[40.0, -0.1]]
+        """
+        from nbdyn.statistics.trends import trends
+
+        return trends(self._over_steps(), y)
+
+    def suggest(self) -> pd.DataFrame:
+        """Which quantities go together? Pairs ranked on one half of the runs or steps; the other half is held back.
+
+        What is found is exploratory: many pairs were looked at. `confirm(x, y)` asks the held-back half about one of
+        them. See `nbdyn.statistics.associations.suggest` for the columns, the halves and the null.
+
+        Raises:
+            Incompatible: if fewer than two quantities vary, rows are too few, or a step is there twice in a run.
+
+        >>> rng = np.random.default_rng(0)
+        >>> frame = pd.DataFrame({"step": range(400), "a": rng.normal(size=400)})
+        >>> frame.assign(b=frame.a + rng.normal(size=400)).dyn.suggest().loc[0, ["x", "y", "half"]].tolist()
+        ['a', 'b', 'explored: every second of 8 blocks of steps']
+        """
+        from nbdyn.statistics.associations import suggest
+
+        return suggest(*self._associated())
+
+    def confirm(self, x: str, y: str) -> pd.DataFrame:
+        """A pair that `suggest` found, on the half that it held back: one row, whose p is for one pair chosen before.
+
+        Raises:
+            UnknownName: if there is no such quantity.
+            Incompatible: as `suggest`.
+        """
+        from nbdyn.statistics.associations import confirm
+
+        return confirm(*self._associated(), x, y)
+
+    def _associated(self) -> tuple[pd.DataFrame, list[str]]:
+        """The frame, one column a quantity, and the quantities."""
+        frame = self._flat()
+        wide = _pivot(frame, [c for c in _POSITIONS if c in frame]) if _is_tidy(frame) else frame.reset_index()
+        wide.attrs = dict(self._frame.attrs)
+        return wide, [name for name in _quantities(wide, ("index", "level_0"))]
+
     def wide(self) -> pd.DataFrame:
         """A tidy frame (columns "quantity", "value") with one column a quantity; the index is the step, after the run.
 

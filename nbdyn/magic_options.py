@@ -13,7 +13,7 @@ from nbdyn.errors import NbdynError, did_you_mean
 OPTIONS = {"-r": "run", "--run": "run", "-o": "out", "--out": "out", "-s": "save", "--save": "save"}
 """Every option and the field of `Options` that it sets."""
 
-COMMANDS = {"open": "%dyn open runs/fc", "runs": "%dyn runs runs"}
+COMMANDS = {"open": "%dyn open runs/fc", "runs": "%dyn runs runs", "hypotheses": "%dyn hypotheses runs"}
 """What %dyn knows besides statements, each with an example."""
 
 _NEEDS = {

@@ -9,6 +9,7 @@ from IPython.core.completer import context_matcher
 from IPython.core.error import UsageError
 from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_expand
 
+from nbdyn import magic_hypothesis
 from nbdyn.errors import NbdynError
 from nbdyn.magic_completion import complete_options, match
 from nbdyn.magic_names import asked_run, check_free, collection, folder_of
@@ -53,6 +54,7 @@ class DynMagics(Magics):
             %dyn [-r RUN] [-o NAME] [-s NAME] STATEMENT [as NAME]
             %dyn open PATH
             %dyn runs [FOLDER]
+            %dyn hypotheses [FOLDER]
             %%dyn [-r RUN] [-o NAME] [-s NAME]
             STATEMENT [as NAME]
             ...
@@ -139,6 +141,8 @@ class DynMagics(Magics):
             return _Answer(self._open(rest.strip()))
         if verb == "runs":
             return _Answer(self._runs(options, rest.strip()))
+        if verb == "hypotheses":
+            return _Answer(self._hypotheses(options, rest.strip()))
         return self._ask(options, text)
 
     def _ask(self, options: Options, text: str) -> _Answer:
@@ -172,12 +176,22 @@ class DynMagics(Magics):
 
     def _runs(self, options: Options, folder: str) -> Any:
         from nbdyn.folder import runs
+
+        return runs(*self._folder(options, folder))
+
+    def _hypotheses(self, options: Options, folder: str) -> Any:
+        from nbdyn.hypotheses import ledger
+
+        return ledger(*self._folder(options, folder)).frame()
+
+    def _folder(self, options: Options, folder: str) -> list[str]:
+        """The folder that is named, or that of the run that is asked; [] for the default."""
         from nbdyn.run import current
 
         if folder:
-            return runs(_unquoted(folder))
+            return [_unquoted(folder)]
         asked = asked_run(self._shell, options.run) if options.run else current()
-        return runs() if asked is None else runs(folder_of(asked))
+        return [] if asked is None else [folder_of(asked)]
 
     def _help(self, options: Options) -> str:
         """What a bare %dyn prints."""
@@ -201,9 +215,10 @@ def _unquoted(path: str) -> str:
 
 
 def load_ipython_extension(shell: InteractiveShell) -> None:
-    """Add %dyn and %%dyn and their completion to a shell; a second time changes nothing."""
+    """Add %dyn, %%dyn, %%hypothesis and their completion to a shell; a second time changes nothing."""
     if _loaded(shell) is not None:
         return
+    magic_hypothesis.load(shell)
     magics = DynMagics(shell)
     shell.register_magics(magics)
     for key in ("%dyn", "%%dyn"):
@@ -216,6 +231,7 @@ def unload_ipython_extension(shell: InteractiveShell) -> None:
     magics = _loaded(shell)
     if magics is None:
         return
+    magic_hypothesis.unload(shell)
     manager = shell.magics_manager
     for kind in ("line", "cell"):
         if getattr(manager.magics[kind].get("dyn"), "__self__", None) is magics:

@@ -24,7 +24,8 @@ FLOORS = {
     "parallel": 6,
     "widgets": 7,
     "magics": 8, "magic_options": 8, "magic_names": 8, "magic_completion": 8,
-    "accessor": 8, "run": 8, "moment": 8, "recording": 8, "folder": 8, "demo": 8, "doctor": 8,
+    "magic_hypothesis": 8, "hypotheses": 8,
+    "accessor": 8, "asking": 8, "run": 8, "moment": 8, "recording": 8, "folder": 8, "demo": 8, "doctor": 8,
     "__main__": 8,
 }  # fmt: skip
 """The floor of each room (a folder or a file of nbdyn). `__init__` is the door: it stands outside."""
