@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from nbdyn import accessor  # noqa: F401  (importing it registers df.dyn, for the frames that runs give)
+from nbdyn import (
+    accessor,  # noqa: F401  (importing it registers df.dyn, for the frames that runs give)
+    asking,
+)
 from nbdyn.errors import NbdynError
 from nbdyn.folder import card, weights_words
 from nbdyn.moment import Moment
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
     from nbdyn.analysis.lca.precision import Precision
     from nbdyn.analysis.lca.result import Allocation
+    from nbdyn.analysis.noise.result import Noise
     from nbdyn.recorder.recorder import Recorder
     from nbdyn.recorder.replay import Replay
     from nbdyn.widgets.cockpit import Cockpit
@@ -187,6 +191,63 @@ class Run:
             name=name, motion=motion, steps=steps, save=save, progress=progress, replace=replace,
         )  # fmt: skip
 
+    def noise(
+        self,
+        data: Any = None,
+        loss_fn: Any = None,
+        model: nn.Module | None = None,
+        *,
+        sampled: str = "samples",
+        steps: Any = None,
+        batch: int | None = None,
+        coordinates: int = 150,
+        subset: int | None = None,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> Noise:
+        """Gradient noise: how far from Gaussian, how large against the gradient, and what a null reads.
+
+        What is sampled has to be said, and is never pooled:
+
+            "samples"       gradients of every sample of `data` at the fixed weights[t] of each step asked for
+            "batch"         of the samples of the batch recorded at each step, which alone share weights[t]
+            "mini-batches"  means of `batch` samples of `data`, drawn without replacement, at fixed weights[t]
+            "steps"         recorded batch gradients of the steps of one window: the weights move, scales mix
+            "iterates"      the weights themselves at the steps of one window
+            "coordinates"   the coordinates of the batch gradient recorded at each step
+
+        Cost of the first and third: two forward and backward passes over all of `data` for each step, and memory for
+        samples x coordinates. The gradients of single samples are exact, from the factors that recording uses; dropout
+        is off and batch normalization uses the recorded running statistics. See docs/noise.md.
+
+        Args:
+            data: a data set of (input, target) pairs, or a pair (inputs, targets); by default that of `nbdyn.open`.
+            loss_fn: the loss; by default that of the recorded name in torch.nn.
+            model: the network; by default that of `nbdyn.open`.
+            sampled: what is sampled, see above.
+            steps: a step or several, at whose weights is sampled (by default the first and the last); of "steps" and
+                "iterates" a pair (first, last + 1), by default the whole run.
+            batch: samples of a mini-batch, of "mini-batches" only; 100 by default.
+            coordinates: how many are drawn at random of each layer.
+            subset: take so many random samples of `data`.
+            seed: of coordinates, batches and subset.
+            progress: whether a bar is shown.
+
+        Raises:
+            UnknownName: if nothing is sampled under that name.
+            NotRecorded: if a step or its weights are not there, or its batch was not captured by sample.
+            Incompatible: if the model is another, or the loss has no gradients of single samples.
+            NbdynError: if data or model are missing, or the values would take over 2 GB.
+        """
+        from nbdyn.analysis.noise import gather
+
+        if data is None and sampled in ("samples", "mini-batches"):
+            data = self.data
+        return gather.noise(
+            self.store, data, loss_fn, model or self.model, sampled, train_data=self.data, steps=steps, batch=batch,
+            coordinates=coordinates, subset=subset, seed=seed, progress=progress,
+        )  # fmt: skip
+
     def note(self, text: str) -> None:
         """Write a line into the logbook, at the last committed step."""
         self.store.write_note(self.store.steps_committed, "note", text)
@@ -259,84 +320,7 @@ class Run:
         self.refresh()
         return query.execute(text, self.store, names=names)
 
-    def top(
-        self,
-        count: int | str,
-        what: str,
-        *,
-        by: str,
-        per: str | None = None,
-        of: str | None = None,
-        epoch: int | tuple[int, int] | None = None,
-        step: int | tuple[int, int] | None = None,
-        where: str | None = None,
-        within: str | float | None = None,
-    ) -> pd.DataFrame:
-        """The members of largest measure: `run.top(20, "samples", per="weight", of="fc1.*", by="sum |g|", epoch=7)`.
-
-        The same as the statement `top 20 samples per weight of fc1.* by sum |g| during epoch 7`; see docs/query.md.
-        A range of epochs or steps is a pair, both ends included.
-        """
-        from nbdyn.query import statements
-
-        scope = {"epoch": epoch, "step": step}
-        return self.query(statements.top(count, what, by=by, per=per, of=of, where=where, within=within, **scope))
-
-    def group(
-        self,
-        what: str,
-        *,
-        by: str,
-        into: int = 8,
-        of: str | None = None,
-        epoch: int | tuple[int, int] | None = None,
-        step: int | tuple[int, int] | None = None,
-        where: str | None = None,
-    ) -> pd.DataFrame:
-        """Members in bins of their measure: `run.group("weights", by="sum |grad|", into=8)`, as `group weights ...`."""
-        from nbdyn.query import statements
-
-        return self.query(statements.group(what, by=by, into=into, of=of, epoch=epoch, step=step, where=where))
-
-    def show(
-        self,
-        *items: str,
-        per: str | Sequence[str] | None = None,
-        epoch: int | tuple[int, int] | None = None,
-        step: int | tuple[int, int] | None = None,
-        where: str | None = None,
-    ) -> pd.DataFrame:
-        """Values as recorded or measured: `run.show("loss", "|grad|", epoch=3)`, as `show loss, |grad| ...`."""
-        from nbdyn.query import statements
-
-        return self.query(statements.show(*items, per=per, epoch=epoch, step=step, where=where))
-
-    def last(
-        self,
-        count: int,
-        before: str,
-        *,
-        every: bool = False,
-        epoch: int | tuple[int, int] | None = None,
-        step: int | tuple[int, int] | None = None,
-    ) -> pd.DataFrame:
-        """The samples before an event: `run.last(50, "fc1.weight[3,5] becomes 0 within 1e-6")`, as `last 50 ...`."""
-        from nbdyn.query import statements
-
-        return self.query(statements.last(count, before, every=every, epoch=epoch, step=step))
-
-    def compare(
-        self,
-        *others: str | Run,
-        by: str | Sequence[str],
-        epoch: int | tuple[int, int] | None = None,
-        step: int | tuple[int, int] | None = None,
-    ) -> pd.DataFrame:
-        """This run beside others: `run.compare(other, by="progress(loss)", step=500)`, as `compare ... by ...`."""
-        from nbdyn.query import statements
-
-        names = [self.uri, *(other.uri if isinstance(other, Run) else other for other in others)]
-        return self.query(statements.compare(names, by, epoch=epoch, step=step))
+    top, group, show, last, compare = asking.top, asking.group, asking.show, asking.last, asking.compare
 
     def thumbnails(self, frame: pd.DataFrame, columns: int = 10) -> Thumbnails:
         """The samples of a result as small pictures, out of the data given to `nbdyn.open`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,12 +12,15 @@ import pandas as pd
 from nbdyn.analysis.lca import checks, intervals
 from nbdyn.analysis.lca import concentration as _concentration
 from nbdyn.analysis.lca import helping as _helping
+from nbdyn.analysis.lca import tails as _tails
+from nbdyn.analysis.lca.kept import Kept
 from nbdyn.analysis.lca.learning import Moments
 from nbdyn.analysis.lca.neurons import SameNeuron, Specialization, saliency, same_neuron, specialization
 from nbdyn.analysis.lca.totals import STEP_COLUMNS, Rows, Sums, units_of
 from nbdyn.errors import Incompatible, NotRecorded, UnknownName, did_you_mean
 from nbdyn.schema import PROVENANCE
 from nbdyn.settings import say
+from nbdyn.statistics.heavy_tail.result import TailFit
 from nbdyn.store.allocations import Archive
 from nbdyn.store.names import select
 
@@ -47,12 +50,9 @@ class Allocation:
         archive: Archive | None = None,
         run: str = "",
     ) -> None:
-        self._rows, self._sums, self._archive, self._run = rows, sums, archive, run
-        self.spec, self.labels, self.tensors = spec, labels, tensors
-        first = labels["steps"]
-        self._steps = np.asarray(first)[: len(rows)] if isinstance(first, list) else first + np.arange(len(rows))
-        self.layers_in_order = list(dict.fromkeys(tensor["layer"] for tensor in tensors))
-        self._layer_of = np.array([self.layers_in_order.index(tensor["layer"]) for tensor in tensors])
+        self._kept, self._run = Kept(rows, sums, spec, labels, tensors, archive), run
+        self._rows, self._sums, self._steps = rows, sums, self._kept.steps
+        self.spec, self.labels, self.tensors, self.layers_in_order = spec, labels, tensors, self._kept.layers
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -98,7 +98,7 @@ class Allocation:
         Columns: lca (the sum of A), help and hurt (of its negative and positive cells), percent of helping, zero and
         hurting cells, helping_of_nonzero_percent, decay (what weight decay, as a term of the loss, changed), size.
         """
-        return self._totals(self._layer_of, {"layer": self.layers_in_order})
+        return self._totals(self._kept.layer_of, {"layer": self.layers_in_order})
 
     @property
     def by_tensor(self) -> pd.DataFrame:
@@ -136,7 +136,7 @@ class Allocation:
             columns = pd.MultiIndex.from_frame(table)
             values = self._rows.units
         elif by in ("layer", "tensor"):
-            values = self._rows.tensors["sum"] if by == "tensor" else self._by_layer(self._rows.tensors["sum"])
+            values = self._rows.tensors["sum"] if by == "tensor" else self._kept.by_layer(self._rows.tensors["sum"])
             columns = pd.Index([t["name"] for t in self.tensors] if by == "tensor" else self.layers_in_order, name=by)
         else:
             raise UnknownName(f"by={by!r}: {did_you_mean(by, ('layer', 'tensor', 'unit'))}")
@@ -155,29 +155,7 @@ class Allocation:
             NotRecorded: if only sums were kept, or not those of classes.
             UnknownName: if there is no such class.
         """
-        group = 0 if of_class is None else 1 + self._class(of_class)
-        indices = select(selector, list(self.tensors)).indices
-        places = np.arange(len(self))[steps]
-        if not self.spec["cells"]:
-            raise NotRecorded("only sums of this allocation were kept; cells=True keeps A of each step and parameter.")
-        if not len(places):
-            return np.empty((0, len(indices)), np.float32)
-        if self._archive is None:
-            kept = self._rows.cells[places]
-            return (kept[:, group] if kept.ndim == 3 else kept)[:, indices]
-        entry = self._archive.entry()
-        assert entry is not None
-        whole = np.array_equal(indices, np.arange(sum(t["size"] for t in self.tensors)))
-        first, last = int(places.min()), int(places.max())
-        return self._archive.cells(entry, first, last + 1, slice(None) if whole else indices, group)[places - first]
-
-    def _class(self, label: int) -> int:
-        """The number of a class whose cells are kept."""
-        if self.spec["cells"] != "classes":
-            raise NotRecorded('cells of classes were not kept; compute with classes=True, cells="classes".')
-        if label not in self.labels["groups"]:
-            raise UnknownName(f"no class {label!r}; there are {', '.join(map(str, self.labels['groups']))}.")
-        return self.labels["groups"].index(label)
+        return self._kept.cells(selector, steps, of_class)
 
     # Groups of samples, parts of the motion -----------------------------------------------------------------------
 
@@ -191,8 +169,8 @@ class Allocation:
         Raises:
             NotRecorded: if it was computed without classes=True.
         """
-        self._need("class")
-        groups, shares = self._by_layer(self._rows.groups).sum(0), self.labels["shares"]
+        self._kept.need("class")
+        groups, shares = self._kept.by_layer(self._rows.groups).sum(0), self.labels["shares"]
         index = pd.MultiIndex.from_product([self.labels["groups"], self.layers_in_order], names=["class", "layer"])
         share = np.repeat(shares, len(self.layers_in_order))
         frame = pd.DataFrame({"lca": groups.reshape(-1), "share": share}, index=index).reset_index()
@@ -204,8 +182,8 @@ class Allocation:
         Raises:
             NotRecorded: if it was computed without subset=.
         """
-        self._need("block")
-        blocks = self._by_layer(self._rows.groups).sum(0)
+        self._kept.need("block")
+        blocks = self._kept.by_layer(self._rows.groups).sum(0)
         total = sum(self.labels["shares"])
         if not math.isclose(total, 1.0, rel_tol=1e-9):  # a loss that is a sum over samples
             blocks = blocks * self.labels["of"]
@@ -225,22 +203,12 @@ class Allocation:
         """
         if not self.labels["parts"]:
             raise NotRecorded("the motion was not divided; compute with motion=True.")
-        sums = self._by_layer(self._rows.parts).sum(0)
-        sums = np.vstack([sums, self._by_layer(self._rows.tensors["sum"]).sum(0) - sums.sum(0)])
+        sums = self._kept.by_layer(self._rows.parts).sum(0)
+        sums = np.vstack([sums, self._kept.by_layer(self._rows.tensors["sum"]).sum(0) - sums.sum(0)])
         parts = [*self.labels["parts"], "rest"]
         index = pd.MultiIndex.from_product([parts, self.layers_in_order], names=["part", "layer"])
         frame = pd.DataFrame({"lca": sums.reshape(-1)}, index=index).reset_index()
         return self._framed(frame, "loss change allocation by part of the motion")
-
-    def _need(self, kind: str) -> None:
-        if self.labels["kind"] != kind:
-            ask = "classes=True" if kind == "class" else "subset=5000"
-            raise NotRecorded(f"this allocation is not of {kind}s; compute with {ask}.")
-
-    def _by_layer(self, values: Array) -> Array:
-        """Sums over the tensors of each layer, along the last axis."""
-        member = (self._layer_of[:, None] == np.arange(len(self.layers_in_order))).astype(np.float64)
-        return values @ member
 
     # Analyses -----------------------------------------------------------------------------------------------------
 
@@ -249,23 +217,17 @@ class Allocation:
 
         See `nbdyn.analysis.lca.helping.helping_test`; both conventions, of all and of the non-zero.
         """
-        helping, hurting, size = self._counts()
+        helping, hurting, size = self._kept.counts()
         names = ["all", *self.layers_in_order]
         frame = _helping.helping_test(helping, hurting, size, names, level=level).rename(columns={"group": "layer"})
         return self._framed(frame, "percent helping")
 
     def helping_by_step(self) -> pd.DataFrame:
         """The same at every step: `nbdyn.analysis.lca.helping.percent_helping`."""
-        helping, hurting, size = self._counts()
+        helping, hurting, size = self._kept.counts()
         frame = _helping.percent_helping(helping, hurting, size, ["all", *self.layers_in_order])
         steps = self._steps[frame["step"]]
         return self._framed(frame.rename(columns={"group": "layer"}).assign(step=steps), "percent helping by step")
-
-    def _counts(self) -> tuple[Array, Array, Array]:
-        counts = [self._by_layer(self._rows.tensors[name]) for name in ("helping", "hurting")]
-        size = self._by_layer(np.array([t["size"] for t in self.tensors]))
-        helping, hurting = (np.column_stack([c.sum(1), c]).astype(np.int64) for c in counts)
-        return helping, hurting, np.concatenate([[size.sum()], size]).astype(np.int64)
 
     def oscillations(self) -> pd.DataFrame:
         """Steps per event, of weight turns, crossings of the full gradient, and turns of A (LCA, table S2).
@@ -304,15 +266,15 @@ class Allocation:
         if of not in ("lca", "gradient", "motion"):
             raise UnknownName(f"of={of!r}: {did_you_mean(of, ('lca', 'gradient', 'motion'))}")
         if of != "lca":
-            norms = np.sqrt(self._by_layer(self._rows.tensors[f"{of}_square"]))
+            norms = np.sqrt(self._kept.by_layer(self._rows.tensors[f"{of}_square"]))
             if np.isnan(norms).all():
                 raise NotRecorded(f"{self.spec['precision']['integrator']!r} took no gradient before the steps.")
             return Moments(norms.T[None], self.layers_in_order, [], self._steps, top, of)
         if self.labels["kind"] == "class":
-            series = np.moveaxis(self._by_layer(self._rows.groups), 0, -1)  # (classes, layers, steps)
+            series = np.moveaxis(self._kept.by_layer(self._rows.groups), 0, -1)  # (classes, layers, steps)
             classes = list(self.labels["groups"])
         else:
-            series, classes = self._by_layer(self._rows.tensors["sum"]).T[None], []
+            series, classes = self._kept.by_layer(self._rows.tensors["sum"]).T[None], []
         return Moments(series, self.layers_in_order, classes, self._steps, top)
 
     def concentration(self, selector: str = "all") -> pd.DataFrame:
@@ -325,22 +287,50 @@ class Allocation:
         """How heavy the tails of single A[t, i] are: `nbdyn.analysis.lca.concentration.tail_share`."""
         return self._framed(_concentration.tail_share(self.cells(selector)), "tail share")
 
+    def tails(
+        self, selector: str = "all", steps: Sequence[int] | None = None, bootstrap: int = 199, seed: int = 0
+    ) -> pd.DataFrame:
+        """Double Weibull fits of A at single steps, and pooled: is the tail stretched, and is this the right family?
+
+        Args:
+            selector: which parameters.
+            steps: places, counted from the first step of the allocation; None takes nine, evenly spaced.
+            bootstrap: replicates of the goodness of fit.
+            seed: of samples (more than 100,000 values are not all fitted) and bootstrap.
+
+        Returns:
+            A row a step and "pooled": n (values that are not 0), zeros, shape (1: Laplace; below: heavier than
+            exponential), low, high (95 %, values taken for independent, which those of a layer are not), ks, p
+            (goodness of fit), best (the family of largest likelihood), R_normal, R_Laplace, R_t, R_stable (log
+            likelihood ratio a value, nats; above 0 the double Weibull is nearer), tail_ratio_2 (see `tail`).
+        """
+        places = np.unique(np.linspace(0, len(self) - 1, 9).astype(int)).tolist() if steps is None else steps
+        found = _tails.table(self._step_of(selector), places, self._steps, bootstrap, seed)
+        return self._framed(found, "tails of single allocations")
+
+    def tail_fit(self, selector: str = "all", step: int | None = None, bootstrap: int = 199, seed: int = 0) -> TailFit:
+        """The fit of `tails` at one place, or of all steps pooled, with its picture and sentence."""
+        places = range(len(self)) if step is None else [step]
+        return _tails.fit(self._step_of(selector), places, bootstrap, seed)
+
+    def _step_of(self, selector: str) -> Callable[[int], Array]:
+        return lambda place: self.cells(selector, slice(place, place + 1)).reshape(-1)
+
     def specialization(self, layer: str) -> Specialization:
         """Do the neurons of a layer help single classes? `nbdyn.analysis.lca.neurons.specialization`."""
-        self._need("class")
-        table = units_of(self.tensors).table
-        mine = self._one_of(layer, table)
+        self._kept.need("class")
+        mine = self._kept.units_of(layer)
         return specialization(-self._sums["unit_groups"]["value"][:, mine].T)
 
     def saliency(self, tensor: str, shape: Sequence[int]) -> Array:
         """How much each pixel's weight helped, (outputs, *shape): `nbdyn.analysis.lca.neurons.saliency`."""
-        found = self._tensor(tensor)
+        found = self._kept.tensor(tensor)
         sums, piece = self._sums["parameters"], slice(found["first"], found["first"] + found["size"])
         return saliency((sums["help"] + sums["hurt"])[piece].reshape(found["shape"][0], -1), shape)
 
     def same_neuron(self, tensor: str, **options: Any) -> SameNeuron:
         """Do weights of one neuron help at the same steps? `nbdyn.analysis.lca.neurons.same_neuron`, of a kernel."""
-        found = self._tensor(tensor)
+        found = self._kept.tensor(tensor)
         width = found["size"] // found["shape"][0]
         place = np.arange(found["size"])
         return same_neuron(self.cells(tensor), place // width, place % width, **options)
@@ -372,17 +362,6 @@ class Allocation:
         images = images if images.ndim == 3 else images.sum(1)
         order = np.argsort(-images.sum((1, 2)), kind="stable")
         return figures.saliency(images[order], order, f"what helped at each input of {tensor}")
-
-    def _one_of(self, layer: str, table: pd.DataFrame) -> Array:
-        if layer not in self.layers_in_order:
-            raise UnknownName(f"no layer {layer!r}: {did_you_mean(layer, self.layers_in_order)}")
-        return np.flatnonzero(table["layer"] == layer)
-
-    def _tensor(self, name: str) -> Mapping[str, Any]:
-        names = [tensor["name"] for tensor in self.tensors]
-        if name not in names:
-            raise UnknownName(f"no tensor {name!r}: {did_you_mean(name, names)}")
-        return self.tensors[names.index(name)]
 
     def _framed(self, frame: pd.DataFrame, what: str) -> pd.DataFrame:
         s = self._rows.steps
