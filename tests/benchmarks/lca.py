@@ -159,6 +159,8 @@ def classes(folder: Path) -> None:
         show(found.same_neuron(tensor).frame().assign(tensor=tensor))
     show(found.concentration())
     show(found.tail())
+    show(found.tails())
+    (FIGURES / "lca-tail.png").write_bytes(to_png(found.tail_fit(step=440).plot()))
     found.moments(top=20).plot().save(FIGURES / "lca-moments.svg")
     found.same_neuron("2.weight").plot().save(FIGURES / "lca-same-neuron.svg")
     found.specialization("2").plot().save(FIGURES / "lca-specialization.svg")

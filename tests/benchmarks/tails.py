@@ -20,10 +20,13 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 from scipy import signal, stats
 
 from nbdyn.statistics import heavy_tail as ht
 from nbdyn.statistics import synchronization
+from nbdyn.statistics.associations import suggest
+from nbdyn.statistics.comparing import sign_flips, two_samples
 from nbdyn.statistics.heavy_tail import dependence
 from nbdyn.statistics.heavy_tail.alternatives import Alternative, ranking
 from nbdyn.statistics.heavy_tail.ecf import STABLE
@@ -32,6 +35,7 @@ from nbdyn.statistics.heavy_tail.hill import EXPONENTIAL
 from nbdyn.statistics.heavy_tail.likelihood import DOUBLE_WEIBULL, LOGNORMAL, PARETO, STUDENT, WEIBULL
 from nbdyn.statistics.heavy_tail.stable_quantiles import QUANTILES, skewness
 from nbdyn.statistics.testing import one_sample
+from nbdyn.statistics.trends import trend
 
 LEVEL = 0.05
 RNG = np.random.Generator
@@ -241,7 +245,7 @@ def tests() -> list[Test]:
              "t 2 a sample and coordinate", functools.partial(one_noise, 1.0),
              lambda x, s: ht.log_moments(x, surrogates=DRAWS, seed=s).p),
     ]  # fmt: skip
-    return found + of_events() + [
+    return found + of_events() + of_groups() + of_series() + [
         Test("goodness of fit, power law, xmin found", "Pareto 1.5, n 200", lambda r: pareto(1.5, r, 200),
              "LogN(0, 1)", lambda r: r.lognormal(size=200), lambda x, s: ht.power_law(x, bootstrap=DRAWS, seed=s).p)
     ]  # fmt: skip
@@ -266,6 +270,55 @@ def of_events() -> list[Test]:
              lambda r: r.normal(1, 1, 10), lambda x, s: one_sample(x).p_wilcoxon),
     ]  # fmt: skip
     return found
+
+
+def of_groups() -> list[Test]:
+    """Two samples and pairs."""
+
+    def groups(shift: float, r: RNG) -> tuple[np.ndarray, np.ndarray]:
+        return r.exponential(size=7) + shift, r.exponential(size=6)
+
+    def welch(shift: float, r: RNG) -> tuple[np.ndarray, np.ndarray]:
+        return r.normal(shift, 1, 6), r.normal(0, 3, 9)
+
+    same, apart = functools.partial(groups, 0.0), functools.partial(groups, 1.5)
+    return [
+        Test("two samples, Welch", "normal, n 6 and 9, sd 1 and 3", functools.partial(welch, 0.0), "3 apart",
+             functools.partial(welch, 3.0), lambda x, s: two_samples(*x, draws=2, seed=s).p),
+        Test("two samples, permutation", "exponential, n 7 and 6", same, "1.5 apart", apart,
+             lambda x, s: two_samples(*x, draws=1_999, seed=s).p_permutation),
+        Test("two samples, Mann-Whitney", "exponential, n 7 and 6", same, "1.5 apart", apart,
+             lambda x, s: two_samples(*x, draws=2, seed=s).p_rank),
+        Test("pairs, signs flipped", "t 2, n 8", lambda r: r.standard_t(2, 8), "mean 2",
+             lambda r: r.standard_t(2, 8) + 2, lambda x, s: sign_flips(x, seed=s)[0]),
+    ]  # fmt: skip
+
+
+def of_series() -> list[Test]:
+    """Trends and associations of series whose neighbours depend on each other."""
+
+    def walk(r: RNG, correlation: float, size: int, slope: float = 0.0) -> np.ndarray:
+        noise = r.normal(size=size + 200)
+        return np.asarray(signal.lfilter([1.0], [1.0, -correlation], noise))[200:] + slope * np.arange(size)
+
+    def two(r: RNG, common: float) -> pd.DataFrame:
+        x, y, z = (walk(r, 0.8, 400) for _ in range(3))
+        return pd.DataFrame({"step": np.arange(400), "x": x + common * z, "y": y + common * z})
+
+    found = [
+        Test(f"trend, n {size}", f"AR(1) {correlation}", functools.partial(walk, correlation=correlation, size=size),
+             f"rises by {100 * slope:g} over 100 steps",
+             functools.partial(walk, correlation=correlation, size=size, slope=slope),
+             lambda x, s: trend(x, draws=199, seed=s).p)
+        for size, correlation, slope in ((50, 0.0, 0.02), (50, 0.5, 0.02), (200, 0.0, 0.005), (200, 0.5, 0.005),
+                                         (200, 0.8, 0.01), (1000, 0.9, 0.005))
+    ]  # fmt: skip
+    return [
+        *found,
+        Test("association given the step, n 200 of 400", "two AR(1) 0.8", functools.partial(two, common=0.0),
+             "a third in common", functools.partial(two, common=1.0),
+             lambda x, s: float(suggest(x, ["x", "y"], seed=s)["p"].iloc[0])),
+    ]  # fmt: skip
 
 
 def rejected(number: int, replicates: int) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from nbdyn.plots import AXIS, COLORS, MUTED, titled
+from nbdyn.plots.panels import PLAIN
 from nbdyn.statistics.heavy_tail.hill import LEAST, hill_path
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ def overview(found: TailFit) -> Any:
     name, first = next(iter(found.estimates.items()))
     below = f"{name} = {first.value:.4g} (95 % {first.low:.4g} to {first.high:.4g}); {found.verdict()}"
     chart = alt.hconcat(*panels, spacing=30).resolve_scale(color="independent")
-    return titled(chart, f"{found.family} fitted to {found.n_tail:,} of {len(found.values):,} values", below)
+    tail = "" if found.xmin is None else f"{found.n_tail:,} of "
+    return titled(chart, f"{found.family} fitted to {tail}{len(found.values):,} values", below)
 
 
 def survival(found: TailFit) -> Any:
@@ -124,7 +126,7 @@ def _powers(low: float, high: float, middle: float) -> list[float]:
 
 def _axis(title: str, marks: list[float] | None = None) -> alt.Axis:
     """An axis; its marks where given."""
-    at = {"tickCount": 5} if marks is None else {"values": marks}
+    at = {"tickCount": 5} if marks is None else {"values": marks, "labelExpr": PLAIN, "labelOverlap": True}
     return alt.Axis(title=title, grid=False, **at, **AXIS)
 
 
