@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -11,6 +11,9 @@ import pandas as pd
 from nbdyn.errors import NbdynError, UnknownName, did_you_mean
 from nbdyn.schema import PROVENANCE
 from nbdyn.thumbnails import Thumbnails, thumbnails
+
+if TYPE_CHECKING:
+    from nbdyn.statistics.heavy_tail.result import TailFit
 
 _LINES = ("run", "layer", "tensor", "weight", "parameter")
 """Columns that say which line a row belongs to, when the frame holds several."""
@@ -141,6 +144,30 @@ class Dyn:
         frame = frame.set_index(self._frame.index.names) if "step" in self._frame.index.names else frame
         frame.attrs = dict(self._frame.attrs)
         return frame
+
+    def tail(self, y: str, family: str = "power law", **options: Any) -> TailFit:
+        """How heavy is the tail of a column? A fit with intervals, goodness of fit and alternatives; `.plot()` draws it.
+
+        Args:
+            y: the column.
+            family: a name of `nbdyn.statistics.heavy_tail.FAMILIES`: "power law", "stable", "double Weibull", ...
+            options: those of the fit, such as bootstrap=200.
+
+        Raises:
+            UnknownName: if there is no such column or family.
+            Incompatible: for values that the family does not take.
+
+        >>> frame = pd.DataFrame({"step": range(1_000), "x": np.random.default_rng(0).standard_normal(1_000)})
+        >>> frame.dyn.tail("x", "stable", bootstrap=0)["alpha"].value > 1.9
+        True
+        """
+        from nbdyn.statistics.heavy_tail import FAMILIES
+
+        frame = self._flat()
+        for name, known in ((y, map(str, frame.columns)), (family, FAMILIES)):
+            if name not in (known := list(known)):
+                raise UnknownName(f"There is no {name!r}; {did_you_mean(name, known)}")
+        return FAMILIES[family](frame[y].to_numpy(np.float64), **options)
 
     def trend(self, y: str) -> pd.DataFrame:
         """Does a quantity go up or down over the steps? One row a run, and one over the runs.

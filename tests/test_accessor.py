@@ -168,3 +168,18 @@ def test_answers_and_samples_take_part_without_steps():
         answer.dyn.smooth(window=2)
     samples = pd.DataFrame({"sample": [0, 1], "mean_loss": [1.0, 2.0]})
     assert [row["high"] for row in rows(samples.dyn.plot("mean_loss"))] == [1.0, 2.0]
+
+
+def test_a_tail_and_a_trend_of_a_column():
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"step": np.arange(400), "x": rng.pareto(1.5, 400) + 1, "loss": rng.normal(size=400)})
+    frame["loss"] -= 0.01 * frame["step"]
+    fit = frame.dyn.tail("x", bootstrap=0)
+    assert fit.family == "power law" and abs(fit["alpha"].value - 2.5) < 0.4
+    assert frame.dyn.tail("loss", "Student t", bootstrap=0).family == "Student t"
+    trend = frame.dyn.trend("loss").iloc[0]
+    assert trend["p"] < 0.01 and trend["low"] < -0.01 < trend["high"]
+    with pytest.raises(UnknownName, match=r"'los'.*loss"):
+        frame.dyn.tail("los")
+    with pytest.raises(UnknownName, match=r"'stabel'.*stable"):
+        frame.dyn.tail("x", "stabel")
