@@ -146,7 +146,7 @@ class Dyn:
         return frame
 
     def tail(self, y: str, family: str = "power law", **options: Any) -> TailFit:
-        """How heavy is the tail of a column? A fit with intervals, goodness of fit and alternatives; `.plot()` draws it.
+        """How heavy is the tail of a column? A fit with intervals, goodness of fit, alternatives; `.plot()` draws it.
 
         Args:
             y: the column.
