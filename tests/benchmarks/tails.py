@@ -316,7 +316,7 @@ def of_series() -> list[Test]:
     return [
         *found,
         Test("association given the step, n 200 of 400", "two AR(1) 0.8", functools.partial(two, common=0.0),
-             "a third in common", functools.partial(two, common=1.0),
+             "half in common", functools.partial(two, common=1.0),
              lambda x, s: float(suggest(x, ["x", "y"], seed=s)["p"].iloc[0])),
     ]  # fmt: skip
 

@@ -69,7 +69,9 @@ BY_CHANNEL = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
-    ("module", "shape", "take", "sequence_first"), [*LAST, *[(*case, False) for case in BY_CHANNEL]], ids=str
+    ("module", "shape", "take", "sequence_first"),
+    [*LAST, *[(*case, False) for case in BY_CHANNEL]],
+    ids=lambda value: getattr(value, "__qualname__", None) or str(value),  # str of a function has its address
 )
 def test_equals_autograd(module: Any, shape: Any, take: Any, sequence_first: bool, dtype: torch.dtype) -> None:
     module = _layer(copy.deepcopy(module)).to(dtype)
