@@ -13,9 +13,6 @@ from nbdyn.settings import options
 
 # jupyter_core asks to choose where it keeps its files; without this it warns, and warnings are errors here.
 os.environ.setdefault("JUPYTER_PLATFORM_DIRS", "1")
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # Workers share the cores; PyTorch's threads that wait for a core make small networks many times slower.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile("nbdyn", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("nbdyn")
