@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -77,7 +77,9 @@ def suggest(frame: pd.DataFrame, columns: Sequence[str], seed: int = 0) -> pd.Da
         the pairs), n (rows), half. Cost: a second for 15 columns of 1,000 rows.
 
     Raises:
-        Incompatible: if fewer than two columns, or too few rows, are left; if a step is there twice in a run.
+        Incompatible: if fewer than two columns, or too few rows, are left; if a step is there twice in a run; if a
+            column holds no numbers.
+        UnknownName: if there is no such column.
 
     >>> rng = np.random.default_rng(0); a = rng.normal(size=200)
     >>> found = suggest(pd.DataFrame({"a": a, "b": a**2, "c": rng.normal(size=200)}), ["a", "b", "c"])
@@ -134,13 +136,21 @@ def _framed(found: pd.DataFrame, frame: pd.DataFrame, note: str) -> pd.DataFrame
 
 def _usable(frame: Any, columns: Sequence[str]) -> tuple[list[str], Any]:
     """The columns that vary and are mostly there, and the rows in which all are finite, by run and step."""
+    unfit = [name for name in columns if name in ("run", "step") or columns.count(name) > 1]
+    if unfit:
+        raise Incompatible(f"{unfit[0]!r} is no quantity, or named twice: columns are quantities; steps are given.")
+    for name in columns:
+        if name not in frame:
+            raise UnknownName(f"the frame has no column {name!r}; {did_you_mean(name, map(str, frame.columns))}")
+        if not pd.api.types.is_numeric_dtype(frame[name]):
+            raise Incompatible(f"{name!r} holds {frame[name].dtype}, no numbers; leave it out.")
     table = frame[list(columns)].astype(np.float64)
     table = table.where(np.isfinite(table))
     kept = [str(name) for name in columns if table[name].notna().mean() > 0.5 and table[name].nunique() > 1]
     if len(kept) < 2:
         raise Incompatible(f"an association takes two columns of numbers that vary; there are {len(kept)}.")
     places = [name for name in ("run", "step") if name in frame]
-    rows = pd.concat([frame[places], table[kept]], axis=1).dropna(subset=kept)
+    rows = pd.concat([frame[places], table[kept]], axis=1).dropna()
     if "step" in places:
         twice = rows.duplicated(places)
         if twice.any():
@@ -206,12 +216,13 @@ def _associations(half: _Half, names: list[str], pairs: list[tuple[int, int]], s
     bins = int(np.clip(round(len(z) ** (1 / 3)), 2, MOST_BINS))
     codes = _binned(free, groups, bins)
     bias = (bins - 1) ** 2 / (2 * len(z))
-    arrangements = _arrangements(half, groups, seed)
+    seen = np.array([
+        (z[:, first] @ z[:, second], _information(codes[None, :, first], codes[:, second], bins)[0])
+        for first, second in pairs
+    ])  # fmt: skip
+    p = _p_values(seen, pairs, _null(half, groups, z, codes, bins, pairs, seed))
     rows = []
-    for first, second in pairs:
-        rho = float(z[:, first] @ z[:, second])
-        mi = float(_information(codes[None, :, first], codes[:, second], bins)[0])
-        p_rho, p_mi = _p_values(z, codes, bins, (first, second), (rho, mi), arrangements)
+    for (first, second), (rho, mi), (p_rho, p_mi) in zip(pairs, seen.tolist(), p.tolist(), strict=True):
         low, high = _interval(rho, [z[group][:, [first, second]] for group in groups], half.series is not None)
         rows.append({
             "x": names[first], "y": names[second], "rho": rho, "low": low, "high": high,
@@ -255,40 +266,79 @@ def _information(x: np.ndarray, y: np.ndarray, bins: int) -> np.ndarray:
     """Mutual information in nats of codes x (rearrangements, n) with y (n,), (rearrangements,)."""
     cells = bins * bins
     places = x * bins + y + cells * np.arange(len(x))[:, None]
-    share = np.bincount(places.reshape(-1), minlength=cells * len(x)).reshape(-1, bins, bins) / x.shape[1]
+    return _of_tables(np.bincount(places.reshape(-1), minlength=cells * len(x)).reshape(-1, bins, bins))
+
+
+def _of_tables(counts: np.ndarray) -> np.ndarray:
+    """Mutual information in nats of tables of counts (rearrangements, bins, bins), (rearrangements,)."""
+    share = counts / counts[0].sum()
     expected = share.sum(axis=2, keepdims=True) * share.sum(axis=1, keepdims=True)
     ratio = np.divide(share, expected, out=np.ones_like(share), where=share > 0)
     return (share * np.log(ratio)).sum(axis=(1, 2))
 
 
-def _arrangements(half: _Half, groups: list[slice], seed: int) -> np.ndarray:
-    """Row indices of the null, (draws, n): circular shifts within each series, permutations of independent rows."""
-    n, rng = len(half.table), np.random.default_rng(seed)
-    if half.series is None:
-        return rng.permuted(np.tile(np.arange(n), (DRAWS, 1)), axis=1)
-    if len(groups) == 1 and n - 1 <= DRAWS:
-        shifts = np.arange(1, n)[:, None]
-    else:
-        shifts = np.column_stack([rng.integers(group.stop - group.start, size=DRAWS) for group in groups])
-    parts = []
-    for number, group in enumerate(groups):
+# The null ---------------------------------------------------------------------------------------------------------
+
+Null = Iterator[tuple[int, np.ndarray, np.ndarray]]
+"""Numbers of pairs, with rho and mutual information of some rearrangements; a pair may come several times."""
+
+
+def _null(
+    half: _Half, groups: list[slice], z: np.ndarray, codes: np.ndarray, bins: int, pairs: list[tuple[int, int]],
+    seed: int,
+) -> Null:  # fmt: skip
+    """Circular shifts within each series, permutations of independent rows."""
+    n, rng = len(z), np.random.default_rng(seed)
+    if half.series is not None:
+        shifts = _shifts(groups, rng)
+        for number, (first, second) in enumerate(pairs):
+            yield number, *_shifted(z[:, [first, second]], codes[:, [first, second]], bins, groups, shifts)
+        return
+    rows = max(1, CHUNK // n)
+    for start in range(0, DRAWS, rows):
+        drawn = rng.permuted(np.tile(np.arange(n), (min(rows, DRAWS - start), 1)), axis=1)
+        for number, (first, second) in enumerate(pairs):
+            yield number, z[drawn, first] @ z[:, second], _information(codes[drawn, first], codes[:, second], bins)
+
+
+def _shifts(groups: list[slice], rng: np.random.Generator) -> np.ndarray:
+    """Steps that each series is shifted by, (draws, series): of one series all, where there are fewer than draws."""
+    sizes = [group.stop - group.start for group in groups]
+    if len(sizes) == 1 and sizes[0] - 1 <= DRAWS:
+        return np.arange(1, sizes[0])[:, None]
+    return np.column_stack([rng.integers(size, size=DRAWS) for size in sizes])
+
+
+def _shifted(
+    z: np.ndarray, codes: np.ndarray, bins: int, groups: list[slice], shifts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rho and mutual information of a pair (n, 2), its first column shifted, each (draws,).
+
+    Products over all shifts of a series at once are convolutions; those of indicators count pairs of bins.
+    """
+    rho, counts = np.zeros(len(shifts)), np.zeros((len(shifts), bins, bins))
+    for group, by in zip(groups, shifts.T, strict=True):
         size = group.stop - group.start
-        parts.append(group.start + (np.arange(size) + shifts[:, number, None]) % size)
-    return np.concatenate(parts, axis=1)
+        x, y = np.fft.rfft(z[group].T)
+        rho += np.fft.irfft(x * np.conj(y), size)[by]
+        members = codes[group].T[:, None, :] == np.arange(bins)[:, None]
+        x, y = np.fft.rfft(members.astype(np.float64))
+        for place in range(bins):
+            counts[:, place] += np.rint(np.fft.irfft(x[place] * np.conj(y), size)).T[by]
+    return rho, _of_tables(counts)
 
 
-def _p_values(
-    z: np.ndarray, codes: np.ndarray, bins: int, pair: tuple[int, int], seen: tuple[float, float], null: np.ndarray
-) -> tuple[float, float]:
-    """P-values of rho (two-sided) and of the mutual information."""
-    first, second = pair
-    rows = max(1, CHUNK // null.shape[1])
-    as_far = as_much = 0
-    for start in range(0, len(null), rows):
-        drawn = null[start : start + rows]
-        as_far += int((np.abs(z[drawn, first] @ z[:, second]) >= abs(seen[0]) - 1e-12).sum())
-        as_much += int((_information(codes[drawn, first], codes[:, second], bins) >= seen[1] - 1e-12).sum())
-    return (1 + as_far) / (1 + len(null)), (1 + as_much) / (1 + len(null))
+def _p_values(seen: np.ndarray, pairs: list[tuple[int, int]], null: Null) -> np.ndarray:
+    """P-values of rho (two-sided) and mutual information, which are seen, both (pairs, 2)."""
+    beyond, draws = np.zeros((len(pairs), 2)), np.zeros((len(pairs), 1))
+    for number, rho, mi in null:
+        beyond[number, 0] += np.count_nonzero(np.abs(rho) >= abs(seen[number, 0]) - 1e-12)
+        beyond[number, 1] += np.count_nonzero(mi >= seen[number, 1] - 1e-12)
+        draws[number] += len(rho)
+    return (1 + beyond) / (1 + draws)
+
+
+# The interval -----------------------------------------------------------------------------------------------------
 
 
 def _interval(rho: float, series: list[np.ndarray], ordered: bool) -> tuple[float, float]:

@@ -21,16 +21,21 @@ def block_length(series: ArrayLike) -> int:
     (6 r^2 / (1 - r^2)^2)^(1/3) T^(1/3); at most min(3 sqrt(T), T / 3), as there.
 
     Args:
-        series: (T,).
+        series: (T,), finite. Of heavy-tailed values give logarithms or ranks, whose correlation is not that of a few.
+
+    Raises:
+        Incompatible: if values are not finite.
 
     >>> block_length([1.0, 1.0, 1.0, 1.0])
     1
     """
     x = np.asarray(series, np.float64)
-    x = x - x.mean()
-    square = float(x @ x)
-    if len(x) < 3 or square == 0:
+    if not np.isfinite(x).all():
+        raise Incompatible(f"{(~np.isfinite(x)).sum()} of {len(x)} values are not finite; leave them out.")
+    if len(x) < 3 or np.ptp(x) == 0:
         return 1
+    x = (x - x.mean()) / np.ptp(x)
+    square = float(x @ x)
     r = float(x[:-1] @ x[1:]) / square
     best = (6 * r**2 / (1 - r**2) ** 2 * len(x)) ** (1 / 3)
     return max(1, math.ceil(min(best, 3 * math.sqrt(len(x)), len(x) / 3)))
@@ -49,9 +54,11 @@ def block_means(series: ArrayLike, block: int, draws: int = 10_000, seed: int = 
         seed: of the random numbers.
 
     Raises:
-        Incompatible: if the series is empty or the block does not fit.
+        Incompatible: if the series is empty, has NaN, or the block does not fit.
     """
     x = np.asarray(series, np.float64)
+    if np.isnan(x).any():
+        raise Incompatible(f"{np.isnan(x).sum()} of {len(x)} values are NaN; leave them out.")
     if not 1 <= block <= len(x):
         raise Incompatible(f"blocks of {block} do not fit a series of {len(x)}; give block = 1..{len(x)}.")
     rng = np.random.default_rng(seed)

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from nbdyn.errors import Incompatible
-from nbdyn.statistics.testing import EQUAL, OneSample, one_sample
+from nbdyn.statistics.testing import EQUAL, OneSample, check_level, differences, one_sample
 
 Alternative = Literal["two-sided", "greater", "less"]
 
@@ -69,10 +69,14 @@ def two_samples(
     Returns:
         The tests; NaN where a sample has fewer than two values or nothing differs.
 
+    Raises:
+        Incompatible: for infinite values, or a level out of range.
+
     >>> found = two_samples([3.0, 4.0, 5.0], [1.0, 2.0, 3.0])
     >>> found.difference, round(found.p, 4), round(found.p_permutation, 2)
     (2.0, 0.0705, 0.2)
     """
+    check_level(level)
     x, y = _values(a), _values(b)
     n, m = len(x), len(y)
     difference = float(x.mean() - y.mean()) if n and m else math.nan
@@ -123,8 +127,10 @@ def pairs(
         draws: sign patterns, where not all 2^n are counted.
         seed: of the patterns.
 
+    Differences that are rounding (below 1e-12 of the values) count as 0.
+
     Raises:
-        Incompatible: if there is not one b for each a.
+        Incompatible: if there is not one b for each a, for infinite values, or a level out of range.
 
     >>> pairs([2.0, 3.0, 4.0, 6.0], [1.0, 1.0, 1.0, 2.0]).p_signs
     0.125
@@ -132,7 +138,9 @@ def pairs(
     x, y = np.asarray(a, np.float64).reshape(-1), np.asarray(b, np.float64).reshape(-1)
     if len(x) != len(y):
         raise Incompatible(f"{len(x)} and {len(y)} values are no pairs; two_samples compares groups of unequal size.")
-    return Pairs(one_sample(x - y, level=level, alternative=alternative), *sign_flips(x - y, alternative, draws, seed))
+    _values([x, y])
+    d = differences(x, y)
+    return Pairs(one_sample(d, level=level, alternative=alternative), *sign_flips(d, alternative, draws, seed))
 
 
 def sign_flips(
@@ -145,6 +153,9 @@ def sign_flips(
         alternative: of the mean.
         draws: sign patterns, where not all 2^n are counted.
         seed: of the patterns.
+
+    Raises:
+        Incompatible: for infinite values.
 
     >>> sign_flips([1.0, 2.0, 3.0], "greater")
     (0.125, True)
@@ -173,6 +184,8 @@ def _permuted(
 
 
 def _values(values: ArrayLike) -> np.ndarray:
-    """Flat, without NaN."""
+    """Flat, without NaN; infinite values are refused: means that are NaN would be less extreme than any."""
     x = np.asarray(values, np.float64).reshape(-1)
+    if np.isinf(x).any():
+        raise Incompatible(f"{np.isinf(x).sum()} of {len(x)} values are infinite and have no mean; leave them out.")
     return x[~np.isnan(x)]

@@ -14,6 +14,7 @@ from scipy import stats
 
 from nbdyn.errors import Incompatible, UnknownName, did_you_mean
 from nbdyn.statistics.bootstrap import block_length
+from nbdyn.statistics.testing import check_level
 
 CHUNK = 4_000_000
 """Values drawn at once."""
@@ -54,9 +55,13 @@ def bootstrap(
         draws: resamples.
         seed: of the resamples.
 
+    Raises:
+        Incompatible: for a level out of range.
+
     Returns:
         The interval; NaN ends where there are fewer than two values, or all are equal.
     """
+    check_level(level)
     x = np.asarray(values, np.float64).reshape(-1)
     x = x[~np.isnan(x)]
     value = float(statistic(x, axis=-1)) if len(x) else math.nan
@@ -95,8 +100,9 @@ def moving_blocks(
         seed: of the resamples.
 
     Raises:
-        Incompatible: if a block does not fit the series, or the series holds NaN.
+        Incompatible: if a block does not fit the series, the series holds NaN, or a level is out of range.
     """
+    check_level(level)
     x = np.asarray(series, np.float64).reshape(-1)
     block = block_length(x) if block is None else block
     if not 1 <= block <= len(x) or np.isnan(x).any():
@@ -115,7 +121,11 @@ def moving_blocks(
 
 
 def _block_indices(length: int, block: int, draws: int, rng: np.random.Generator) -> Any:
-    """Indices (rows, length) of resamples, in parts of bounded size."""
+    """Indices (rows, length) of resamples, in parts of bounded size.
+
+    Blocks do not go round the end, as those of `heavy_tail.dependence.resampled` do: a jump from the last value to the
+    first would be new to a statistic of neighbours.
+    """
     count = math.ceil(length / block)
     rows = max(1, CHUNK // length)
     for first in range(0, draws, rows):
@@ -146,10 +156,14 @@ def over_runs(
 
     Raises:
         UnknownName: if there is no such column.
-        Incompatible: if there are fewer than two runs.
+        Incompatible: if there are fewer than two runs, rows of no run, or a level out of range.
     """
     if run not in frame:
         raise UnknownName(f"The frame has no column {run!r}; {did_you_mean(run, map(str, frame.columns))}")
+    check_level(level)
+    lost = np.count_nonzero(frame[run].isna())
+    if lost:
+        raise Incompatible(f"{lost} rows have no {run!r}: they would never be drawn; drop them.")
     groups = list(frame.groupby(run, sort=True).indices.values())
     if len(groups) < 2:
         raise Incompatible(f"There is {len(groups)} run in the frame; a bootstrap over runs takes two, better ten.")

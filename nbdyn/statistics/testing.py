@@ -16,6 +16,12 @@ EQUAL = 1e-12
 """Values whose spread is below this share of their size count as equal: what is left is rounding."""
 
 
+def check_level(level: float) -> None:
+    """Raise Incompatible unless 0 < level <= 0.5; whoever gives 0.95 would get an interval that covers 5 %."""
+    if not 0 < level <= 0.5:
+        raise Incompatible(f"level={level} is not in 0..0.5: an interval covers 1 - level; 0.05 gives one of 95 %.")
+
+
 class OneSample(NamedTuple):
     """A sample against a value.
 
@@ -60,15 +66,21 @@ def one_sample(
         The tests. Where there are fewer than two values, or all are equal, their spread is not known and everything
         that needs it is NaN: it takes runs that differ.
 
+    Raises:
+        Incompatible: for a level out of range.
+
     >>> round(one_sample([1.0, 2.0, 3.0]).t, 4)
     3.4641
     """
+    check_level(level)
     x = np.asarray(values, np.float64).reshape(-1)
-    x = x[~np.isnan(x)] - value
+    x = x[~np.isnan(x)]
+    size = float(np.abs(x).max(initial=abs(value)))
+    x = differences(x, value)
     n = len(x)
     mean = float(x.mean()) if n else math.nan
     std = float(x.std(ddof=1)) if n > 1 else math.nan
-    if not std > EQUAL * abs(mean):
+    if not std > EQUAL * size:
         nan = math.nan
         return OneSample(n, mean + value, std, nan, nan, nan, nan, nan, nan)
     student = stats.ttest_1samp(x, 0.0, alternative=alternative)
@@ -81,6 +93,17 @@ def one_sample(
         n, mean + value, std, mean + value - half, mean + value + half, mean / std,
         float(student.statistic), float(student.pvalue), float(ranks.pvalue),  # pyright: ignore[reportAttributeAccessIssue]
     )  # fmt: skip
+
+
+def differences(a: ArrayLike, b: ArrayLike) -> np.ndarray:
+    """Differences a - b, shape as they broadcast; 0 where it is rounding: at most 1e-12 of the larger one.
+
+    >>> differences([0.1 + 0.2, 2.0], [0.3, 1.0]).tolist()
+    [0.0, 1.0]
+    """
+    x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    d = x - y
+    return np.where(np.abs(d) <= EQUAL * np.maximum(np.abs(x), np.abs(y)), 0.0, d)
 
 
 def holm(p: ArrayLike) -> np.ndarray:

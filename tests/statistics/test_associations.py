@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,6 +12,7 @@ from scipy import signal, stats
 from nbdyn.accessor import dyn
 from nbdyn.errors import Incompatible, UnknownName
 from nbdyn.schema import PROVENANCE
+from nbdyn.statistics import associations
 from nbdyn.statistics.associations import BLOCKS, confirm, suggest
 from nbdyn.statistics.testing import benjamini_hochberg
 
@@ -177,6 +180,39 @@ def test_independent_columns_are_found_at_the_level(r: float, count: int, size: 
     assert 0.88 <= np.mean(covered) <= 0.995
 
 
+def test_all_shifts_at_once_are_those_of_each():
+    """The convolutions count what shifting the columns by hand counts; of several series, one shift for each."""
+    for frame in (steps(120).iloc[::-1], runs(5, 31)):
+        found = suggest(frame, ["x", "y", "z"]).set_index(["x", "y"]).loc[("x", "z")]
+        usable = associations._usable(frame, ["x", "y", "z"])[1]
+        half = associations._half(usable, ["x", "y", "z"], explored=True, seed=0)
+        assert half.series is not None
+        ranks = np.concatenate([stats.rankdata(half.table[part], axis=0) for part in half.series])
+        free = associations._given_steps(ranks, half.steps, half.series)
+        z, codes = associations._standardized(free, half.series), associations._binned(free, half.series, 4)
+        shifts = associations._shifts(half.series, np.random.default_rng(0))
+        rho, mi = associations._shifted(z[:, [0, 2]], codes[:, [0, 2]], 4, half.series, shifts)
+        for draw in range(0, len(shifts), 29):
+            place = np.concatenate([
+                np.roll(np.arange(part.start, part.stop), -by)
+                for part, by in zip(half.series, shifts[draw], strict=True)
+            ])  # fmt: skip
+            assert rho[draw] == pytest.approx(z[place, 0] @ z[:, 2])
+            assert mi[draw] == pytest.approx(associations._information(codes[None, place, 0], codes[:, 2], 4)[0])
+        assert found["p_rho"] == np.mean(np.append(np.abs(rho), np.inf) >= abs(found["rho"]) - 1e-12)
+
+
+def test_long_frames_need_little_memory():
+    """All rearrangements at once took 16 bytes for each row and draw: 3 GB here."""
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"a": rng.normal(size=200_000), "b": rng.normal(size=200_000), "step": np.arange(200_000)})
+    tracemalloc.start()
+    suggest(frame, ["a", "b"])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200e6
+
+
 def test_what_is_left_out_is_said():
     frame = steps().assign(flat=1.0, rare=np.where(np.arange(400) % 50 == 0, 1.0, np.nan), few=np.nan)
     frame.loc[3, "x"], frame.loc[5, "y"] = np.inf, np.nan
@@ -198,6 +234,15 @@ def test_what_cannot_be_asked():
         suggest(runs(2, 40).drop(columns="step"), ["x", "y"])
     with pytest.raises(Incompatible, match="rows are left in a half"):
         suggest(frame.iloc[:20], ["x", "y"])
+    for columns, message in (
+        (["x", "x"], "named twice"),
+        (["x", "step"], "'step' is no quantity"),
+        (["x", "t"], "'t' h"),
+    ):
+        with pytest.raises(Incompatible, match=message):
+            suggest(frame.assign(t="text"), columns)
+    with pytest.raises(UnknownName, match="the frame has no column 'xx'"):
+        suggest(frame, ["x", "xx"])
     with pytest.raises(UnknownName, match="there is no column 'w' to associate"):
         confirm(frame, ["x", "y"], "x", "w")
     with pytest.raises(Incompatible, match="'x' goes with itself"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from scipy.signal import lfilter
@@ -65,3 +67,14 @@ def test_intervals_of_correlated_series_cover() -> None:
 def test_blocks_must_fit(length: int, block: int) -> None:
     with pytest.raises(Incompatible, match="do not fit"):
         block_means(np.ones(length), block)
+
+
+def test_length_of_blocks_at_the_edges() -> None:
+    x = np.random.default_rng(0).normal(size=300).cumsum()
+    assert block_length(1e-200 * x) == block_length(x) == block_length(1e200 * x) > 10
+    assert block_length(np.full(7, 0.1)) == 1  # the mean is off by rounding
+    for bad in (math.nan, math.inf):
+        with pytest.raises(Incompatible, match="1 of 301 values are not finite"):
+            block_length(np.append(x, bad))
+    with pytest.raises(Incompatible, match="1 of 3 values are NaN"):
+        block_means([1.0, math.nan, 2.0], 1)

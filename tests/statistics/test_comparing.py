@@ -64,6 +64,22 @@ def test_pairs_are_differences() -> None:
         pairs([1, 2, 3], [1, 2])
 
 
+def test_infinite_values_are_refused() -> None:
+    """Means of rearrangements were NaN, which is less extreme than any: p was 0."""
+    for call in (
+        lambda: two_samples([1.0, np.inf, 2.0], [1.0, 2.0, 3.0]),
+        lambda: sign_flips([1.0, np.inf]),
+        lambda: pairs([1.0, np.inf, 2.0], [0.0, np.inf, 1.0]),
+    ):
+        with pytest.raises(Incompatible, match="values are infinite"):
+            call()
+
+
+def test_rounding_is_no_difference() -> None:
+    found = pairs([0.3, 0.1 + 0.2, 0.3, 0.7 + 0.1], [0.1 + 0.2, 0.3, 0.3, 0.8])
+    assert np.isnan([found.p_signs, found.test.p, found.test.p_wilcoxon]).all() and found.test.mean == 0
+
+
 def test_nothing_differs() -> None:
     found = two_samples([1.0, 1.0], [1.0, 1.0, 1.0])
     assert found.difference == 0 and np.isnan([found.p, found.p_permutation, found.effect]).all()

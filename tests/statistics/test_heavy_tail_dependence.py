@@ -6,11 +6,11 @@ import math
 
 import numpy as np
 import pytest
-from scipy import signal
+from scipy import signal, stats
 
 from nbdyn.errors import Incompatible
 from nbdyn.statistics import heavy_tail as ht
-from nbdyn.statistics.heavy_tail.dependence import autocorrelations, depends, resampled
+from nbdyn.statistics.heavy_tail.dependence import autocorrelations, average_ranks, depends, resampled
 from nbdyn.statistics.surrogates import gaussian_surrogate
 
 RNG = np.random.default_rng
@@ -54,6 +54,21 @@ def test_independence_test_keeps_its_level_and_sees_scales() -> None:
     scale = np.exp(autoregression(0.8, 2_000))
     assert depends(scale * rng.normal(size=2_000)) < 1e-6  # signs are independent, sizes are not
     assert depends(np.sort(rng.normal(size=500))) == 1.0  # sorted: no order to speak of
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0, 0.0], ids=["above 0", "below 0", "both"])
+def test_independence_test_is_that_of_ljung_and_box(sign: float) -> None:
+    """By its definition, on SciPy's ranks; with ties."""
+    x = autoregression(0.1, 300).round(1)
+    x = sign * (x - x.min() + 0.1) if sign else x
+    p = []
+    for ranks in (stats.rankdata(x), stats.rankdata(np.abs(x))):
+        np.testing.assert_array_equal(stats.rankdata(ranks), ranks)
+        lags = np.arange(1, 11)
+        r = autocorrelations(ranks)[lags]
+        p.append(stats.chi2.sf(300 * 302 * (r**2 / (300 - lags)).sum(), 10))
+    assert 1e-6 < depends(x) < 0.9 and depends(x) == pytest.approx(2 * min(p), rel=1e-9)
+    np.testing.assert_array_equal(average_ranks(x), stats.rankdata(x))
 
 
 def test_blocks_are_those_of_the_bootstrap() -> None:
@@ -142,6 +157,14 @@ def test_log_moments_see_tails_of_finite_variance_only() -> None:
     # The covariance of infinite variance is that of the outliers, and the surrogates have it.
     above = ht.log_moments(ht.stable_sample(1.2, (100, 300), 0), surrogates=39)
     assert above.p > 0.05 and above.alpha > above.null_high and "does not read heavier tails" in above.sentence
+
+
+def test_sums_that_cancel_are_no_sign_of_tails() -> None:
+    x = np.tile([1.0, -1.0], 200) + 1e-3 * RNG(0).normal(size=400)
+    found = ht.log_moments(x, block=2, surrogates=19)
+    assert found.alpha == math.inf and found.p == 1.0 and "does not read heavier tails" in found.sentence
+    with pytest.raises(Incompatible, match="all sums of 2 neighbours are zero"):
+        ht.log_moments(x.round(), block=2)
 
 
 def test_log_moments_keeps_its_level() -> None:

@@ -205,6 +205,14 @@ def test_gaussian_is_at_the_edge() -> None:
     assert fit.p > 0.05
 
 
+def test_lighter_tails_than_a_gaussians_are_said() -> None:
+    fit = ht.stable(np.random.default_rng(0).uniform(size=3_000), bootstrap=0)
+    assert fit["alpha"][:3] == (2.0, 2.0, 2.0)
+    assert any("alpha is cut at 2, from 2.15" in note for note in fit.warnings)
+    notes = ht.stable(np.random.default_rng(1).normal(size=3_000), bootstrap=0).warnings
+    assert not any("cut at 2" in note or "differ" in note for note in notes)
+
+
 def test_skewed_values_are_warned_of() -> None:
     fit = ht.stable(np.random.default_rng(0).exponential(size=2_000), bootstrap=0)
     assert any("not symmetric" in note for note in fit.warnings)

@@ -67,5 +67,7 @@ def test_runs_are_drawn_whole() -> None:
     assert (found.low, found.high) == pytest.approx(tuple(means.confidence_interval), abs=0.3)
     with pytest.raises(UnknownName, match=r"'runs'.*run"):
         over_runs(frame, len, run="runs")
+    with pytest.raises(Incompatible, match="50 rows have no 'run'"):
+        over_runs(frame.replace({"run": {"d": None}}), len)
     with pytest.raises(Incompatible, match="1 run in the frame"):
         over_runs(frame[frame["run"] == "a"], len)

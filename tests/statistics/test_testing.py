@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
 from nbdyn.errors import Incompatible
+from nbdyn.statistics.comparing import two_samples
+from nbdyn.statistics.resampling import bootstrap, moving_blocks, over_runs
 from nbdyn.statistics.testing import benjamini_hochberg, holm, one_sample
 
 
@@ -31,11 +34,31 @@ def test_one_sided() -> None:
     assert one_sample(x, alternative="less").p == pytest.approx(1 - one_sample(x, alternative="greater").p)
 
 
-@pytest.mark.parametrize("values", [[], [1.0], [math.nan, 2.0], [0.1, 0.1, 0.1], [0.0, 0.0]])
+@pytest.mark.parametrize("values", [[], [1.0], [math.nan, 2.0], [0.1, 0.1, 0.1], [0.0, 0.0], [0.3, 0.1 + 0.2, 0.3]])
 def test_no_spread_no_test(values: list[float]) -> None:
     found = one_sample(values)
     assert found.n == sum(not math.isnan(value) for value in values)
     assert math.isnan(found.t) and math.isnan(found.p) and math.isnan(found.low) and math.isnan(found.p_wilcoxon)
+
+
+def test_rounding_is_no_spread_whatever_the_value() -> None:
+    assert math.isnan(one_sample([0.3, 0.1 + 0.2, 0.3], 0.3).p)  # differences of 0 and 6e-17
+    assert math.isnan(one_sample([1e-17, 3e-17], 1.0).p)
+    flat, near = ([0.3, value, 0.2, 0.6, 0.5] for value in (0.3, 0.1 + 0.2))
+    assert one_sample(near, 0.3).p_wilcoxon == one_sample(flat, 0.3).p_wilcoxon  # as zeros, not as a smallest rank
+    assert one_sample([1e-17, 3e-17]).n == 2 and one_sample([1e-17, 3e-17]).p < 0.4
+
+
+@pytest.mark.parametrize("level", [0.0, 0.95, 95.0, math.nan])
+def test_a_level_that_is_a_coverage_is_refused(level: float) -> None:
+    calls = (
+        lambda: one_sample([1.0, 2.0], level=level), lambda: two_samples([1.0, 2.0], [3.0, 5.0], level=level),
+        lambda: bootstrap([1.0, 2.0], level=level), lambda: moving_blocks([1.0, 2.0], level=level),
+        lambda: over_runs(pd.DataFrame({"run": ["a", "b"]}), len, level=level),
+    )  # fmt: skip
+    for call in calls:
+        with pytest.raises(Incompatible, match=r"is not in 0\.\.0\.5: an interval covers 1 - level"):
+            call()
 
 
 def test_nan_zeros_and_ties_are_no_warning() -> None:

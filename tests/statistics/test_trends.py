@@ -32,6 +32,12 @@ def test_nan_is_left_out() -> None:
     assert trend(gaps, t) == trend(y)
 
 
+def test_rows_come_in_any_order() -> None:
+    y, t = series(60, 0.7, 0), np.arange(60.0)
+    order = np.random.default_rng(0).permutation(60)
+    assert trend(y[order], t[order], draws=99) == trend(y, t, draws=99)
+
+
 @pytest.mark.parametrize(("length", "r"), [(60, 0.0), (200, 0.7)])
 def test_level_and_cover(length: int, r: float) -> None:
     found = [trend(series(length, r, seed), draws=99, seed=seed) for seed in range(300)]
@@ -69,6 +75,9 @@ def test_what_is_refused() -> None:
         trend(np.arange(9.0))
     with pytest.raises(Incompatible, match="3 steps and 20 values"):
         trend(np.arange(20.0), [1, 2, 3])
+    for steps in (np.repeat(np.arange(10.0), 2), np.append(np.arange(19.0), np.nan), np.zeros(20)):
+        with pytest.raises(Incompatible, match="a step is there twice, or NaN; rows of several layers"):
+            trend(np.random.default_rng(0).normal(size=20), steps)
     with pytest.raises(UnknownName, match=r"no column 'los'.*loss"):
         trends(pd.DataFrame({"step": [0], "loss": [1.0]}), "los")
 

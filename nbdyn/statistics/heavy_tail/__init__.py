@@ -10,10 +10,14 @@ stable, student_t, double_weibull   values of either sign
 weibull, lognormal                  positive values
 generalized_pareto, hill, moment_estimator   the largest values
 log_moments                         the estimator of papers on gradient noise, beside its null
+FAMILIES                            the fits of whole laws by name: FAMILIES["Student t"](values)
 autocorrelation_time, thin          values that depend on their neighbours
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from nbdyn.statistics.heavy_tail.dependence import AutocorrelationTime, autocorrelation_time, thin
 from nbdyn.statistics.heavy_tail.extremes import generalized_pareto
@@ -26,7 +30,21 @@ from nbdyn.statistics.heavy_tail.stable import SymmetricStable, stable, stable_i
 from nbdyn.statistics.heavy_tail.student import student_t
 from nbdyn.statistics.heavy_tail.weibull import double_weibull, weibull
 
+FAMILIES: Mapping[str, Callable[..., TailFit]] = MappingProxyType(
+    {
+        "power law": power_law,
+        "stable": stable,
+        "Student t": student_t,
+        "double Weibull": double_weibull,
+        "Weibull": weibull,
+        "lognormal": lognormal,
+        "generalized Pareto": generalized_pareto,
+    }
+)
+"""The name of a family, as `TailFit.family` has it -> the function that fits it: f(values, **options) -> TailFit."""
+
 __all__ = [
+    "FAMILIES",
     "AutocorrelationTime",
     "Distribution",
     "Estimate",

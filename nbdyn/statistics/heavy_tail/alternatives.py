@@ -14,10 +14,7 @@ from scipy import stats
 from nbdyn.statistics.heavy_tail.ecf import STABLE
 from nbdyn.statistics.heavy_tail.family import Family
 from nbdyn.statistics.heavy_tail.likelihood import DOUBLE_WEIBULL, LOGNORMAL, PARETO, STUDENT, WEIBULL
-from nbdyn.statistics.heavy_tail.result import Distribution
-
-UNDECIDED = 0.1
-"""A difference in likelihood decides nothing if its p-value is above this (Clauset, Shalizi and Newman 2009)."""
+from nbdyn.statistics.heavy_tail.result import UNDECIDED, Distribution
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,9 @@ def of_signed(ordered: np.ndarray, name: str) -> list[Alternative]:
     centre = 0.0 if name == DOUBLE_WEIBULL.name else float(np.median(x))
     # A double Weibull of shape 1 is a Laplace; SciPy's own has no density below exp(-745).
     laplace = stats.dweibull(1.0, centre, float(np.abs(x - centre).mean()))
-    found = [Alternative("normal", stats.norm(x.mean(), x.std()), 2, "edge" if name == STUDENT.name else "")]
+    found = [
+        Alternative("normal", stats.norm(x.mean(), _size(x - x.mean())), 2, "edge" if name == STUDENT.name else "")
+    ]
     if name == DOUBLE_WEIBULL.name:
         found.append(Alternative("Laplace", laplace, 1, "inside"))
     else:
@@ -99,10 +98,16 @@ def of_positive(ordered: np.ndarray, name: str) -> list[Alternative]:
     within = "inside" if name in (WEIBULL.name, PARETO.name) else ""
     found = [
         Alternative("exponential", stats.expon(scale=x.mean()), 1, within),
-        Alternative("half-normal", stats.halfnorm(scale=math.sqrt(float(np.square(x).mean()))), 1),
+        Alternative("half-normal", stats.halfnorm(scale=_size(x)), 1),
         Alternative("gamma", stats.gamma(shape, scale=scale), 2),
     ]
     return found + _fitted(row, name, LOGNORMAL, WEIBULL, PARETO)
+
+
+def _size(x: np.ndarray) -> float:
+    """The root of the mean square, without overflow."""
+    top = float(np.abs(x).max())
+    return top * math.sqrt(float(np.square(x / top).mean()))
 
 
 def _fitted(row: np.ndarray, name: str, *kinds: Family) -> list[Alternative]:

@@ -78,8 +78,8 @@ def autocorrelations(x: np.ndarray) -> np.ndarray:
 def thin(values: ArrayLike, every: int | None = None) -> np.ndarray:
     """Every k-th value of a series, so that what is left is nearly independent.
 
-    By default k is the autocorrelation time, rounded up, of the ranks of the values or of their magnitudes, whichever
-    is longer: ranks have one even where a variance has not, and magnitudes may go together where signs do not.
+    By default k is the autocorrelation time, rounded, of the ranks of the values or of their magnitudes, whichever is
+    longer: ranks have one even where a variance has not, and magnitudes may go together where signs do not.
 
     Args:
         values: (n,), in order; what is not finite is left out first.
@@ -112,20 +112,38 @@ def depends(values: np.ndarray) -> float:
     if n < 5 * LAGS or (steps >= 0).all() or (steps <= 0).all():
         return 1.0
     found = []
+    lags = np.arange(1, LAGS + 1)
     for ranks in _ranks(values):
         if np.ptp(ranks) > 0:
-            r = autocorrelations(ranks)[1 : LAGS + 1]
-            q = n * (n + 2) * float((r**2 / (n - np.arange(1, LAGS + 1))).sum())
+            y = ranks - ranks.mean()
+            # A few lags: sums of products are faster than Fourier transforms.
+            r = np.array([y[:-k] @ y[k:] for k in lags]) / (y @ y)
+            q = n * (n + 2) * float((r**2 / (n - lags)).sum())
             found.append(float(stats.chi2.sf(q, LAGS)))
     return min(1.0, 2 * min(found, default=1.0))
 
 
-def _ranks(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return stats.rankdata(x), stats.rankdata(np.abs(x))
+def _ranks(x: np.ndarray) -> list[np.ndarray]:
+    """Ranks of values and of magnitudes; once where all have one sign, as the two have the same autocorrelations."""
+    both = x.min(initial=0.0) < 0 < x.max(initial=0.0)
+    return [average_ranks(one) for one in ((x, np.abs(x)) if both else (x,))]
+
+
+def average_ranks(x: np.ndarray) -> np.ndarray:
+    """As `scipy.stats.rankdata`, which takes three times as long for a million values: its sort is a stable one."""
+    order = np.argsort(x)
+    ordered = x[order]
+    begins = np.flatnonzero(np.concatenate([[True], ordered[1:] > ordered[:-1]]))
+    ends = np.append(begins[1:], len(x))
+    found = np.empty(len(x))
+    found[order] = np.repeat((begins + ends + 1) / 2, ends - begins)
+    return found
 
 
 def resampled(values: np.ndarray, block: int, draws: int, seed: int) -> Iterator[np.ndarray]:
     """Series of random blocks of the given one, as `nbdyn.statistics.bootstrap.block_means` draws them, in pieces.
+
+    Blocks are circular, so that the mean over draws is the series'. Those of `nbdyn.statistics.resampling` are not.
 
     Yields:
         (rows, n); rows add up to `draws`.

@@ -71,7 +71,7 @@ def generalized_pareto(
         scale_error = math.sqrt(2 * max(1 + shape, 0.5) / k)
         of_shape = Estimate(shape, *profile_interval(excess, shape, scale), "profile likelihood")
     else:
-        error, scale_error = bootstrap_errors(lambda x: _top(x, k), sample.values, block, bootstrap, seed)
+        error, scale_error = bootstrap_errors(lambda x: _top(x, k, u), sample.values, block, bootstrap, seed)
         of_shape = plain(shape, error, how(block, bootstrap))
     of_scale = positive(scale, scale_error, how(block, bootstrap))
     ks = float(distances(excess[None], PARETO, found)[0])
@@ -135,9 +135,9 @@ def shifted(law: Distribution, by: float) -> Distribution:
     return scipy["dist"](*scipy["args"], **{**scipy["kwds"], "loc": by})  # pyright: ignore
 
 
-def _top(ordered: np.ndarray, k: int) -> np.ndarray:
-    """Shape and log scale of the k largest of each row over the next one: (B, 2)."""
-    found = PARETO.fit(ordered[:, -k:] - ordered[:, -k - 1 : -k]) if k < ordered.shape[1] else PARETO.fit(ordered)
+def _top(ordered: np.ndarray, k: int, threshold: float) -> np.ndarray:
+    """Shape and log scale of the k largest of each row over the next one, or where all are: over the threshold."""
+    found = PARETO.fit(ordered[:, -k:] - (ordered[:, -k - 1 : -k] if k < ordered.shape[1] else threshold))
     return np.stack([found[:, 0], np.log(found[:, 1])], axis=1)
 
 

@@ -19,6 +19,8 @@ ENOUGH = 2_000
 """Values of a simulated sample, at most: sqrt(n) times the distance has nearly reached its limit there."""
 CELLS = 1 << 19
 """Simulated values worked on at once."""
+LEAST_DRAWS = 20
+"""Replicates that an interval takes."""
 
 
 @dataclass(frozen=True)
@@ -56,16 +58,24 @@ def goodness(
     Samples are drawn from the fit and fitted anew, for a fit that chose its parameters lies closer than a given law.
     p = (1 + k) / (1 + B), k of B distances being as large. Above 2,000 values samples of 2,000 are drawn and distances
     compared times sqrt(n): that is the rate of their limit (Durbin 1973), whose error there is a few percent of p.
+
+    Raises:
+        Incompatible: if there are fewer than 0 replicates.
     """
+    if replicates < 0:
+        raise Incompatible(f"bootstrap = {replicates}: give 0 replicates or more.")
     if not replicates:
         return math.nan, "not asked for; give bootstrap=199"
     size = min(n, ENOUGH)
     rng = np.random.default_rng(seed)
-    rows, larger = max(1, CELLS // size), 0
+    rows, larger, failed = max(1, CELLS // size), 0, 0
     for first in range(0, replicates, rows):
         drawn = np.sort(family.draw(parameters, (min(rows, replicates - first), size), rng), axis=1)
         found = distances(drawn, family, family.fit(drawn))
         larger += int((found * math.sqrt(size) >= ks * math.sqrt(n)).sum())
+        failed += int(np.isnan(found).sum())
+    if failed:
+        return math.nan, f"none: {failed:,} of {replicates:,} samples drawn from the fit have no fit of their own"
     scaled = "" if size == n else ", distances compared times the root of n"
     null = f"{replicates:,} samples of {size:,} independent values drawn from the fit and fitted anew{scaled}"
     return (1 + larger) / (1 + replicates), null
@@ -86,10 +96,17 @@ def bootstrap_errors(
     Raises:
         Incompatible: if there are fewer than 20 draws, or the block does not fit.
     """
-    if draws < 20:
-        raise Incompatible(f"bootstrap = {draws}: an interval by blocks takes 20 replicates or more, better 199.")
+    check_draws(draws)
     found = [estimate(np.sort(rows, axis=1)) for rows in resampled(values, block, draws, seed)]
     return np.nanstd(np.concatenate(found), axis=0, ddof=1)
+
+
+def check_draws(draws: int) -> None:
+    """Raise `Incompatible` if they are too few for an interval by blocks."""
+    if draws < LEAST_DRAWS:
+        raise Incompatible(
+            f"bootstrap = {draws}: an interval by blocks takes {LEAST_DRAWS} replicates or more, better 199."
+        )
 
 
 def how(block: int | None, draws: int) -> str:

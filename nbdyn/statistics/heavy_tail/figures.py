@@ -26,31 +26,37 @@ LEAST_SHOWN = 0.1
 
 def overview(found: TailFit) -> Any:
     """The three panels side by side."""
-    panels = [survival(found), quantiles(found)]
-    if (np.abs(found.values) > 0).sum() > LEAST + 1:
-        panels.append(stability(found))
+    count = len(sizes(found))
+    panels = ([survival(found)] if count else []) + [quantiles(found)]
+    panels += [stability(found)] if count > LEAST + 1 else []
     name, first = next(iter(found.estimates.items()))
-    below = f"{name} = {first.value:.4g} (95 % {first.low:.4g} to {first.high:.4g}); {found.verdict()}"
+    below = f"{name} = {first}; {found.verdict()}"
     chart = alt.hconcat(*panels, spacing=30).resolve_scale(color="independent")
     tail = "" if found.xmin is None else f"{found.n_tail:,} of "
     return titled(chart, f"{found.family} fitted to {tail}{len(found.values):,} values", below)
 
 
+def sizes(found: TailFit) -> np.ndarray:
+    """What tails are drawn of, sorted upwards: magnitudes, or beyond a threshold the values of that side, above 0."""
+    return np.sort(np.abs(found.values)) if found.xmin is None else found.values[found.values > 0]
+
+
 def survival(found: TailFit) -> Any:
-    """P(|X| > x) of the values (dots), the fit (line) and its alternatives (dashed)."""
-    sizes = np.sort(np.abs(found.values))
-    n = len(sizes)
-    ranks = _ranks(n)  # 1 is the largest
-    dots: Any = pd.DataFrame({"x": sizes[n - ranks], "p": ranks / n})
+    """P(|X| > x) of the values (dots), the fit (line) and its alternatives (dashed); beyond a threshold P(X > x)."""
+    x_sizes, n = sizes(found), len(found.values)
+    ranks = _ranks(len(x_sizes))  # 1 is the largest
+    dots: Any = pd.DataFrame({"x": x_sizes[len(x_sizes) - ranks], "p": ranks / n})
     share = found.n_tail / n
-    first = float(sizes[n // 50]) if found.xmin is None else found.xmin
-    grid = np.geomspace(first, sizes[-1], CURVE)
-    dots = dots[dots["x"] >= min(first, float(sizes[n // 50]))]
+    lowest = float(x_sizes[len(x_sizes) // 50])
+    first = found.xmin if found.xmin is not None and found.xmin > 0 else lowest
+    grid = np.geomspace(first, x_sizes[-1], CURVE)
+    dots = dots[dots["x"] >= min(first, lowest)]
     laws = {found.family: found.distribution} | {f"{name} ": law for name, law in found.others.items()}
-    curves = [pd.DataFrame({"x": grid, "p": share * beyond(law, grid), "law": name}) for name, law in laws.items()]
+    above = beyond if found.xmin is None else (lambda law, x: law.sf(x))
+    curves = [pd.DataFrame({"x": grid, "p": share * above(law, grid), "law": name}) for name, law in laws.items()]
     table: Any = pd.concat(curves, ignore_index=True).query("p > @LEAST_SHOWN / @n")
     ends = [LEAST_SHOWN / n, 1.0]
-    x = alt.X("x:Q", axis=_axis("|value|"), scale=alt.Scale(type="log", nice=False))
+    x = alt.X("x:Q", axis=_axis("|value|" if found.xmin is None else "value"), scale=alt.Scale(type="log", nice=False))
     y = alt.Y("p:Q", axis=_axis("share beyond"), scale=alt.Scale(type="log", domain=ends, nice=False))
     names = list(laws)
     color = alt.Color(
@@ -94,8 +100,8 @@ def quantiles(found: TailFit) -> Any:
 
 
 def stability(found: TailFit) -> Any:
-    """Hill's tail index of |value| over the number of largest values that it is taken from, with its interval."""
-    table = hill_path(np.abs(found.values))
+    """Hill's tail index over the number of largest values (see `sizes`) that it is taken from, with its interval."""
+    table = hill_path(sizes(found))
     x = alt.X("k:Q", axis=_axis("largest values k"), scale=alt.Scale(type="log", nice=False))
     axis = _axis("tail index (Hill)")
     top = min(float(table["high"].to_numpy().max()), 3 * float(np.median(table["index"].to_numpy())))

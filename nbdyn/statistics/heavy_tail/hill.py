@@ -124,7 +124,8 @@ def moment_estimator(
     else:
         error = float(bootstrap_errors(lambda x: _of_rows(x, k, _moments), sample.values, block, bootstrap, seed)[0])
     estimate = plain(gamma, error, how(block, bootstrap))
-    ks = float(distances(np.expm1(logs)[None], PARETO, np.array([[gamma, scale]]))[0])
+    with np.errstate(over="ignore"):  # P(X <= x) is 1 there
+        ks = float(distances(np.expm1(logs)[None], PARETO, np.array([[gamma, scale]]))[0])
     law: Any = stats.genpareto(gamma, scale=scale * u)
     excess = ordered[-k:] - u
     excess = excess[excess > 0]
@@ -168,7 +169,7 @@ def moment_path(values: ArrayLike) -> pd.DataFrame:
 def _sums(values: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """At up to 200 k: the first and second moment of log(x_(i) / x_(k+1)) over the k largest, where not 0."""
     x = np.sort(clean(values, LEAST + 1, positive="tail of this kind").values)[::-1]
-    logs = np.log(x / x[-1])
+    logs = np.log(x) - np.log(x[-1])  # the ratio may overflow
     k = np.unique(np.geomspace(LEAST, len(x) - 1, POINTS).astype(np.int64))
     one, two, next_one = np.cumsum(logs)[k - 1] / k, np.cumsum(logs**2)[k - 1] / k, logs[k]
     first = one - next_one
@@ -198,7 +199,7 @@ def _tail(ordered: np.ndarray, k: int | None) -> tuple[int, np.ndarray]:
     k = max(LEAST, min(round(n ** (2 / 3)), n - 1)) if k is None else k
     if not LEAST <= k < n:
         raise Incompatible(f"k = {k} of {n} values; give k = {LEAST}..{n - 1}.")
-    logs = np.log(ordered[-k:] / ordered[-k - 1])
+    logs = np.log(ordered[-k:]) - np.log(ordered[-k - 1])
     if logs[-1] == logs[0]:
         raise Incompatible(f"the {k} largest values are all {ordered[-1]:g}: they are no tail.")
     return k, logs
@@ -206,7 +207,7 @@ def _tail(ordered: np.ndarray, k: int | None) -> tuple[int, np.ndarray]:
 
 def _of_rows(ordered: np.ndarray, k: int, fit: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """An estimate from log(x_(i) / x_(k+1)) of the k largest of each row."""
-    return fit(np.log(ordered[:, -k:] / ordered[:, -k - 1 : -k]))
+    return fit(np.log(ordered[:, -k:]) - np.log(ordered[:, -k - 1 : -k]))
 
 
 def _mean(logs: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from scipy import special, stats
 
 from nbdyn.statistics.heavy_tail.family import Family
 
+LEAST_FREEDOM = 0.1
 MOST_FREEDOM = 200.0
 """Degrees of freedom at which a Student t counts as normal: no sample of a million tells them apart."""
 LEAST_SHAPE = -0.9
@@ -98,7 +99,10 @@ def student_information(freedom: np.ndarray) -> tuple[np.ndarray, np.ndarray, np
 
 
 def students(x: np.ndarray) -> np.ndarray:
-    """Degrees of freedom (0.1 to 200), location and scale of each row, (B, 3), by Fisher scoring."""
+    """Degrees of freedom (0.1 to 200), location and scale of each row, (B, 3).
+
+    By Fisher scoring of degrees of freedom and scale, and reweighting of the location.
+    """
     n = x.shape[1]
     freedom = np.full(len(x), 4.0)
     low, centre, high = (
@@ -109,17 +113,18 @@ def students(x: np.ndarray) -> np.ndarray:
         z = (x - centre[:, None]) / scale[:, None]
         squares = z**2
         weight = (freedom[:, None] + 1) / (freedom[:, None] + squares)
-        of_centre = (weight * z).mean(axis=1) * scale * (freedom + 3) / (freedom + 1)
+        # The mean of weighted values (Lange, Little and Taylor 1989, eq. 4) stays among them; scoring's step may not.
+        of_centre = (weight * z).mean(axis=1) / weight.mean(axis=1) * scale
         of_scale = (weight * squares).mean(axis=1) - 1
         of_freedom = (special.digamma((freedom + 1) / 2) - special.digamma(freedom / 2) - 1 / freedom) / 2
         of_freedom -= np.log1p(squares / freedom[:, None]).mean(axis=1) / 2
         of_freedom += (of_scale + 1) / (2 * freedom)
         ss, sv, vv = student_information(freedom)
         step_freedom = (ss * of_freedom - sv * of_scale) / (ss * vv - sv**2) / freedom
-        at_end = (freedom >= MOST_FREEDOM) & (step_freedom > 0)
+        at_end = np.where(step_freedom > 0, freedom >= MOST_FREEDOM, freedom <= LEAST_FREEDOM)
         step_freedom = np.where(at_end, 0.0, np.clip(step_freedom, -0.7, 0.7))
         step_scale = np.clip((of_scale - sv * freedom * step_freedom) / ss, -0.7, 0.7)
-        freedom = np.clip(freedom * np.exp(step_freedom), 0.1, MOST_FREEDOM)
+        freedom = np.clip(freedom * np.exp(step_freedom), LEAST_FREEDOM, MOST_FREEDOM)
         centre, scale = centre + of_centre, scale * np.exp(step_scale)
         size = max(np.abs(step_freedom).max(), np.abs(step_scale).max(), np.abs(of_centre / scale).max())
         if size < 1e-7:

@@ -22,7 +22,7 @@ class LogMoments:
     """The block log-moment estimate and what Gaussian values of the same covariance give.
 
     Attributes:
-        alpha: the estimate.
+        alpha: the estimate; infinite where sums are no larger than what is summed.
         null_mean: its mean over Gaussian surrogates.
         null_low: 2.5 % quantile over them.
         null_high: 97.5 % quantile.
@@ -119,7 +119,8 @@ def log_moments(values: ArrayLike, block: int | None = None, *, surrogates: int 
         seed: of the random numbers.
 
     Raises:
-        Incompatible: for other shapes, values that are not finite, fewer than 100 that vary, a block that does not fit.
+        Incompatible: for other shapes, values that are not finite, fewer than 100 that vary, a block that does not fit,
+            sums that are all zero.
 
     >>> found = log_moments(np.random.default_rng(0).normal(size=20_000))
     >>> found.p > 0.05, abs(found.alpha - 2) < 0.3
@@ -161,10 +162,15 @@ def _drawn(table: np.ndarray, draws: int, seed: int, axes: int) -> Iterator[np.n
 
 
 def _alpha(table: np.ndarray, block: int) -> tuple[float, int]:
-    """The estimate, and exact zeros; neighbours are those in memory, row by row. What is left over is not used."""
+    """The estimate, and exact zeros; neighbours are those in memory, row by row. What is left over is not used.
+
+    Where 1 / alpha is not above 0 alpha is infinite: it is then lighter than any, not heavier.
+    """
     x = table.reshape(-1)
     x = x[: len(x) // block * block]
     sums = x.reshape(-1, block).sum(axis=1)
     zeros = int((x == 0).sum())
+    if not sums.any():
+        raise Incompatible(f"all sums of {block} neighbours are zero: they have no logarithms; give another block.")
     inverse = (np.log(np.abs(sums[sums != 0])).mean() - np.log(np.abs(x[x != 0])).mean()) / math.log(block)
-    return float(1 / inverse), zeros
+    return float(1 / inverse) if inverse > 0 else math.inf, zeros

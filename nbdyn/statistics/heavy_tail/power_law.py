@@ -10,8 +10,9 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from nbdyn.errors import Incompatible
+from nbdyn.statistics.heavy_tail.family import LEAST_DRAWS, check_draws
 from nbdyn.statistics.heavy_tail.power_law_search import Search, goodness, replicates
-from nbdyn.statistics.heavy_tail.result import Estimate, TailFit
+from nbdyn.statistics.heavy_tail.result import PLAUSIBLE, Estimate, TailFit
 from nbdyn.statistics.heavy_tail.sample import clean, remarks
 from nbdyn.statistics.heavy_tail.tail_alternatives import compare, fit_power_law
 
@@ -19,8 +20,6 @@ LEAST = 10
 """The shortest tail that is tried: below it the rate is hardly known, and any sample has a fine fit somewhere."""
 FEW = 50
 """Fewer values in the tail bring a warning."""
-PLAUSIBLE = 0.1
-"""A power law is ruled out if p is at most this: a convention of Clauset et al. (section 4.1)."""
 
 Distance = Literal["two-sided", "one-sided"]
 
@@ -68,10 +67,12 @@ def power_law(
         values: positive, any shape; of signed values give `np.abs(values)` or one side. Zeros, NaN and infinite values
             are counted and left out.
         xmin: the threshold, if it is known beforehand.
-        bootstrap: replicates B for p, and as many for intervals; 0 for neither. 1000 give p to about 0.01.
+        bootstrap: replicates B for p, and as many for intervals, which take 20; 0 for neither. 1000 give p to about
+            0.01.
         seed: of the random numbers.
         least: values in the shortest tail that is tried.
-        block: values a block, where neighbouring values depend on each other (`bootstrap.block_length` suggests one).
+        block: values a block, where neighbouring values depend on each other; `bootstrap.block_length` of their
+            logarithms suggests one. Needs `bootstrap`.
         distance: "two-sided" or "one-sided".
         progress: show a bar over the replicates.
 
@@ -80,13 +81,16 @@ def power_law(
         over xmin).
 
     Raises:
-        Incompatible: for negative values; for too few, or none that differ, above xmin; for another distance.
+        Incompatible: for negative values; for too few, or none that differ, above xmin; for another distance; for a
+            block that does not fit, or has fewer than 20 replicates.
 
     >>> x = (1 - np.random.default_rng(0).random(10_000)) ** (-1 / 1.5)  # Pareto, tail index 1.5
     >>> power_law(x, xmin=1.0)["alpha"].value.__round__(2), power_law(x, xmin=1.0)["tail index"].value.__round__(2)
     (2.5, 1.5)
     """
     search = _search(xmin, least, distance, bootstrap)
+    if block is not None:
+        check_draws(bootstrap)
     sample = clean(values, 2 if xmin is not None else least, "power law")
     places = np.argsort(np.argsort(sample.values, kind="stable")) if block is not None else None
     ordered = np.sort(sample.values)
@@ -102,8 +106,8 @@ def power_law(
     tail = np.maximum(logs[found.first :] - math.log(threshold), 0.0)
     line = fit_power_law(tail, threshold)
     drawn = None
-    if bootstrap and (block is not None or xmin is None):
-        drawn = replicates(logs, search, bootstrap, seed, block or 1, places, progress)
+    if bootstrap >= LEAST_DRAWS and (block is not None or xmin is None):
+        drawn = replicates(logs, search, bootstrap, seed, 1 if block is None else block, places, progress)
     kind = "bootstrap" if block is None else f"block bootstrap, blocks of {block}"
     estimates = _estimates(line.alpha, threshold, len(logs), tail, xmin is not None, drawn, kind)
     p, null = goodness(logs, search, found, bootstrap, seed, progress)
@@ -140,13 +144,13 @@ def _estimates(
     """Point estimates with their intervals, from replicates (alpha, xmin, share) or by formula."""
     n, nan = len(tail), math.nan
     point = np.array([alpha, xmin, n / count])
-    if drawn is not None and len(drawn):
+    if drawn is not None and len(drawn) >= LEAST_DRAWS:
         (low, high), how = np.quantile(drawn, [0.025, 0.975], axis=0), f"{kind}, {len(drawn)} replicates"
         alone = [Estimate(float(v), float(a), float(b), how) for v, a, b in zip(point, low, high, strict=True)]
     else:
         # 2 n (alpha - 1) / (estimate - 1) is chi-squared: sums of exponential variables.
         low, high = 1 + (alpha - 1) * stats.chi2.ppf([0.025, 0.975], 2 * n) / (2 * n)
-        unknown = "not asked for; give bootstrap=1000"
+        unknown = "no interval; give bootstrap=1000"
         alone = [
             Estimate(alpha, float(low), float(high), "exact for a given xmin and independent values"),
             Estimate(xmin, nan, nan, unknown),

@@ -14,7 +14,10 @@ import pandas as pd
 from nbdyn.errors import UnknownName, did_you_mean
 
 PLAUSIBLE = 0.1
-"""A fit with a smaller p is called ruled out (the convention of Clauset, Shalizi and Newman 2009)."""
+"""A fit is called ruled out if p is at most this, a convention (Clauset, Shalizi and Newman 2009, section 4.1). As p is
+(1 + k) / (1 + B), a true law is ruled out in one of ten samples if 1 + B is a multiple of 10, as of B = 199."""
+UNDECIDED = 0.1
+"""A difference in likelihood decides if its p-value is below this (the same, section 5)."""
 
 
 class Estimate(NamedTuple):
@@ -24,13 +27,19 @@ class Estimate(NamedTuple):
         value: the point estimate.
         low: lower end of its 95 % confidence interval; NaN where none was asked for.
         high: upper end.
-        interval: how the interval was got: "asymptotic", "bootstrap, 200 replicates", "block bootstrap, blocks of 12".
+        interval: how the interval was got: "asymptotic", "bootstrap, 200 replicates", "block bootstrap, blocks of 12";
+            or why there is none.
     """
 
     value: float
     low: float
     high: float
     interval: str
+
+    def __str__(self) -> str:
+        """Such as "1.50 (1.46 to 1.54)"; the value alone where there is no interval."""
+        ends = "" if math.isnan(self.low) else f" ({self.low:.4g} to {self.high:.4g})"
+        return f"{self.value:.4g}{ends}"
 
 
 class Distribution(Protocol):
@@ -129,7 +138,7 @@ class TailFit:
         if self.xmin is not None:
             which = f"the {self.n_tail:,} of {which} beyond {self.xmin:.4g}"
         which += f" ({' and '.join(apart)} set apart)" if apart else ""
-        found = "; ".join(f"{name} = {_interval(e)} ({e.interval})" for name, e in self.estimates.items())
+        found = "; ".join(f"{name} = {e} ({e.interval})" for name, e in self.estimates.items())
         return (
             f"A {self.family} distribution was fitted to {which} by {self.method}. Estimates with 95 % intervals: "
             f"{found}. The Kolmogorov-Smirnov distance is {self.ks:.3g}{self._goodness()}.{self._against()}"
@@ -160,7 +169,7 @@ class TailFit:
 
     def verdict(self) -> str:
         """What the fit carries, in a line: "plausible", "ruled out", and which alternatives are better or as good."""
-        fit = "not tested" if math.isnan(self.p) else "ruled out" if self.p < PLAUSIBLE else "plausible"
+        fit = "not tested" if math.isnan(self.p) else "ruled out" if self.p <= PLAUSIBLE else "plausible"
         by = {
             verdict: ", ".join(self.alternatives["alternative"][self.alternatives["verdict"] == verdict])
             for verdict in ("alternative", "undecided")
@@ -182,17 +191,14 @@ class TailFit:
         p = "" if math.isnan(self.p) else f", p = {self.p:.2g}"
         warned = f"; warnings: {len(self.warnings)}" if self.warnings else ""
         return (
-            f"<TailFit {self.family}, {tail}{len(self.values):,} values: {name} = {_interval(first)}, "
+            f"<TailFit {self.family}, {tail}{len(self.values):,} values: {name} = {first}, "
             f"KS {self.ks:.3g}{p}: {self.verdict()}{warned}>"
         )
 
     def _repr_html_(self) -> str:
         shown = self.frame()[["parameter", "value", "low", "high", "interval"]]
-        tables = [table.to_html(index=False, border=0, float_format="%.4g") for table in (shown, self.alternatives)]
+        tables = [
+            table.to_html(index=False, border=0, float_format="%.4g", na_rep="") for table in (shown, self.alternatives)
+        ]
         notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.warnings)
         return f"<p>{html.escape(repr(self)[1:-1])}</p>{''.join(tables)}<ul>{notes}</ul>"
-
-
-def _interval(found: Estimate) -> str:
-    """Such as "1.50 (1.46 to 1.54)"."""
-    return f"{found.value:.4g} ({found.low:.4g} to {found.high:.4g})"

@@ -34,13 +34,18 @@ def clean(values: ArrayLike, least: int, positive: str = "") -> Sample:
     """Flat values, zeros and what is not finite set apart.
 
     Args:
-        values: real, any shape.
+        values: real, any shape; what is masked is missing.
         least: values that the fit takes.
         positive: the family, where it takes positive values only.
 
     Raises:
-        Incompatible: if too few are left, or all are equal, or some are negative where they may not be.
+        Incompatible: if values are complex, too few are left, all are equal, or some are negative where they may not
+            be.
     """
+    if np.iscomplexobj(values):
+        raise Incompatible("the values are complex: give np.abs(values), or the real and imaginary parts, one by one.")
+    if isinstance(values, np.ma.MaskedArray):
+        values = np.ma.filled(values.astype(np.float64), np.nan)
     given = np.asarray(values, np.float64).reshape(-1)
     finite = given[np.isfinite(given)]
     kept = finite[finite != 0]

@@ -82,10 +82,11 @@ def stable(
     if np.ptp(np.quantile(sample.values, (0.25, 0.75))) == 0:
         raise Incompatible("the middle half of the values are equal: no stable law has such an atom; leave them out.")
     ordered = np.sort(sample.values)
-    estimates = _estimates(sample, method, block, bootstrap, seed)
+    uncut = _estimates(sample, method, block, bootstrap, seed)
+    estimates = {name: _cut(found) if name.startswith("alpha") else found for name, found in uncut.items()}
     return assembled(
         STABLE if method == "regression" else QUANTILES, METHODS[method], sample, ordered, estimates, of_signed,
-        _notes(ordered, estimates), block=block, bootstrap=bootstrap, seed=seed,
+        _notes(ordered, uncut), block=block, bootstrap=bootstrap, seed=seed,
     )  # fmt: skip
 
 
@@ -98,7 +99,7 @@ def _points(ordered: np.ndarray, method: str) -> np.ndarray:
 
 
 def _estimates(sample: Sample, method: str, block: int | None, draws: int, seed: int) -> dict[str, Estimate]:
-    """The estimates with their intervals, "alpha" first."""
+    """The estimates with their intervals, "alpha" first; alphas may lie above 2, or below what is fitted."""
     n, interval = len(sample.values), _family.how(block, draws)
     line, ratio, log_scale, location = _points(np.sort(sample.values)[None], method)[0]
     if block is None:
@@ -112,7 +113,7 @@ def _estimates(sample: Sample, method: str, block: int | None, draws: int, seed:
         between = Estimate(location, float(ends[rank - 1]), float(ends[n - rank]), "exact")
     else:
         errors = _family.bootstrap_errors(lambda x: _points(x, method), sample.values, block, draws, seed)
-        first, second = (_cut(_family.plain(v, e, interval)) for v, e in zip((line, ratio), errors[:2], strict=True))
+        first, second = (_family.plain(v, e, interval) for v, e in zip((line, ratio), errors[:2], strict=True))
         scale_error = errors[2]
         between = _family.plain(location, errors[3], interval)
     alphas = {"alpha": first, "alpha by quantiles": second}
@@ -129,7 +130,7 @@ def _inverted(value: float, errors: Errors, n: int, interval: str) -> Estimate:
     alphas = quantiles().alpha
     inside = alphas[np.abs(value - alphas) <= _family.NORMAL * errors.alpha / math.sqrt(n)]
     low, high = (inside[0], inside[-1]) if len(inside) else (value, value)
-    return _cut(Estimate(float(value), float(low), float(high), interval))
+    return Estimate(float(value), float(low), float(high), interval)
 
 
 def _cut(found: Estimate) -> Estimate:
@@ -139,9 +140,10 @@ def _cut(found: Estimate) -> Estimate:
 
 
 def _notes(ordered: np.ndarray, estimates: dict[str, Estimate]) -> list[str]:
-    """Warnings that are about stable laws."""
+    """Warnings that are about stable laws, from estimates that are not cut."""
     found = []
-    first, second = (estimates[name] for name in list(estimates)[:2])
+    uncut = estimates["alpha"]
+    first, second = (_cut(estimates[name]) for name in list(estimates)[:2])
     if first.low > second.high or second.low > first.high:
         found.append(
             f"the two estimates of alpha differ, {first.value:.3g} and {second.value:.3g}: no stable law has both, so "
@@ -151,6 +153,11 @@ def _notes(ordered: np.ndarray, estimates: dict[str, Estimate]) -> list[str]:
     if p < SKEWED:
         found.append(
             f"the values are not symmetric (quantile skewness, p = {p:.1g}): the symmetric law is an approximation."
+        )
+    if uncut.low > 2:
+        found.append(
+            f"alpha is cut at 2, from {uncut.value:.3g}: its 95 % interval holds that of no stable law. The tails are "
+            "lighter than a Gaussian's."
         )
     if first.value <= LEAST_ALPHA:
         found.append("alpha is at 0.2, the least that is fitted: the values differ in size as no stable law's do.")

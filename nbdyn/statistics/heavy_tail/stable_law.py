@@ -42,7 +42,8 @@ NEAR_TWO = 1e-9
 class SymmetricStable:
     """A frozen SaS distribution, phi(t) = exp(i loc t - |scale t|^alpha); alpha = 2 is a Gaussian of sd sqrt(2) scale.
 
-    Values come from splines through the exact ones (relative error below 1e-6), so that a million cost a second.
+    Values come from splines through the exact ones, so that a million cost a second: relative error below 1e-6, or 1e-4
+    where alpha is less than 1e-6 below 2.
 
     Args:
         alpha: 0.2 to 2.

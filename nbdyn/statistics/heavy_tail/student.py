@@ -10,13 +10,13 @@ from numpy.typing import ArrayLike
 from nbdyn.statistics.heavy_tail.alternatives import of_signed
 from nbdyn.statistics.heavy_tail.assemble import assembled
 from nbdyn.statistics.heavy_tail.family import NORMAL, bootstrap_errors, how, plain, positive
-from nbdyn.statistics.heavy_tail.likelihood import MOST_FREEDOM, STUDENT, student_information
+from nbdyn.statistics.heavy_tail.likelihood import LEAST_FREEDOM, MOST_FREEDOM, STUDENT, student_information
 from nbdyn.statistics.heavy_tail.result import Estimate, TailFit
 from nbdyn.statistics.heavy_tail.sample import clean
 
 LEAST = 10
 """Values that a fit takes."""
-FREEDOMS = np.geomspace(0.1, MOST_FREEDOM, 4000)
+FREEDOMS = np.geomspace(LEAST_FREEDOM, MOST_FREEDOM, 4000)
 """Candidates for the ends of the interval."""
 
 
@@ -61,10 +61,11 @@ def student_t(values: ArrayLike, *, block: int | None = None, bootstrap: int = 1
         "df": Estimate(freedom, low, math.inf if high >= MOST_FREEDOM else high, interval),
         "location": plain(location, errors[1], interval), "scale": positive(scale, errors[2], interval),
     }  # fmt: skip
-    normal = freedom >= MOST_FREEDOM
-    notes = (
-        ["the degrees of freedom are at 200, the most that is fitted: a normal distribution does."] if normal else []
-    )
+    notes = []
+    if freedom >= MOST_FREEDOM:
+        notes.append("the degrees of freedom are at 200, the most that is fitted: a normal distribution does.")
+    if freedom <= LEAST_FREEDOM:
+        notes.append("the degrees of freedom are at 0.1, the least that is fitted: the values differ in size more.")
     return assembled(
         STUDENT, "maximum likelihood (Lange, Little and Taylor 1989)", sample, ordered, estimates, of_signed, notes,
         block=block, bootstrap=bootstrap, seed=seed,

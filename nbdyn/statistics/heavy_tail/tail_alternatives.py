@@ -24,6 +24,7 @@ import pandas as pd
 from scipy import optimize, special, stats
 
 from nbdyn.statistics.heavy_tail import power_law_kernels as kernels
+from nbdyn.statistics.heavy_tail.result import UNDECIDED
 from nbdyn.statistics.heavy_tail.tail_distributions import (
     CutPowerLaw,
     PowerLaw,
@@ -33,8 +34,6 @@ from nbdyn.statistics.heavy_tail.tail_distributions import (
     rule,
 )
 
-LEVEL = 0.1
-"""Verdicts are given below this p (Clauset et al. 2009, section 5)."""
 STRAIGHT = 1e3
 """A truncated lognormal of a larger shift differs from the power law by less than 1e-11 nats a value."""
 
@@ -234,7 +233,7 @@ def _row(difference: np.ndarray, found: Fitted, name: str) -> dict[str, float | 
         spread = float(difference.std()) * math.sqrt(n)
         statistic = ratio / spread if spread > 0 else 0.0
         p = float(special.erfc(abs(statistic) / math.sqrt(2)))
-    verdict = "undecided" if p >= LEVEL else "fit" if ratio > 0 else "alternative"
+    verdict = "undecided" if not p < UNDECIDED else "fit" if ratio > 0 else "alternative"
     more = 0 if name == "exponential" else 1  # parameters beyond the power law's one
     aic = 2 * more + 2 * ratio
     return {"R": ratio, "statistic": statistic, "p": p, "n": n, "nested": nested, "verdict": verdict, "aic": aic}
