@@ -150,6 +150,7 @@ class Run:
         A[t, i] = mean of dL/dw_i along step t x (w_i[t+1] - w_i[t]); the sum over i is L[t+1] - L[t], and what is
         missing of it is in the result. L is the loss over all of `data`. The result is stored with the run; asked
         again the same way it is read, and one that was stopped goes on. `run.lca(name="train")` is the stored one.
+        The logbook keeps that it was looked at, as it does of statements.
 
         Cost: about one to two gradients over all of `data` a step, and little else. See docs/lca.md.
 
@@ -184,12 +185,16 @@ class Run:
         from nbdyn.analysis.lca.asked import Asked
 
         if data is None and loss_fn is None and (name is not None or self.data is None):
-            return of_run.open_allocation(self.store, name)
-        asked = Asked(classes, subset, precision, batch_norm, dropout, chunk, cells, seed)
-        return of_run.lca(
-            self.store, self.data if data is None else data, loss_fn, model or self.model, asked, train_data=self.data,
-            name=name, motion=motion, steps=steps, save=save, progress=progress, replace=replace,
-        )  # fmt: skip
+            found = of_run.open_allocation(self.store, name)
+        else:
+            asked = Asked(classes, subset, precision, batch_norm, dropout, chunk, cells, seed)
+            found = of_run.lca(
+                self.store, self.data if data is None else data, loss_fn, model or self.model, asked,
+                train_data=self.data, name=name, motion=motion, steps=steps, save=save, progress=progress,
+                replace=replace,
+            )  # fmt: skip
+        self.store.log_look("loss change allocation" + (f" {name}" if name else ""))
+        return found
 
     def noise(
         self,
@@ -229,7 +234,7 @@ class Run:
                 "iterates" a pair (first, last + 1), by default the whole run.
             batch: samples of a mini-batch, of "mini-batches" only; 100 by default.
             coordinates: how many are drawn at random of each layer.
-            subset: take so many random samples of `data`.
+            subset: take so many random samples of `data`; only of what is sampled from `data`.
             seed: of coordinates, batches and subset.
             progress: whether a bar is shown.
 

@@ -294,7 +294,8 @@ class Allocation:
 
         Args:
             selector: which parameters.
-            steps: places, counted from the first step of the allocation; None takes nine, evenly spaced.
+            steps: places, counted from the first step of the allocation, negative ones from the end; None takes nine,
+                evenly spaced.
             bootstrap: replicates of the goodness of fit.
             seed: of samples (more than 100,000 values are not all fitted) and bootstrap.
 
@@ -304,13 +305,14 @@ class Allocation:
             (goodness of fit), best (the family of largest likelihood), R_normal, R_Laplace, R_t, R_stable (log
             likelihood ratio a value, nats; above 0 the double Weibull is nearer), tail_ratio_2 (see `tail`).
         """
-        places = np.unique(np.linspace(0, len(self) - 1, 9).astype(int)).tolist() if steps is None else steps
+        places = np.unique(np.linspace(0, len(self) - 1, 9).astype(int)).tolist()
+        places = places if steps is None else _tails.places_of(steps, len(self))
         found = _tails.table(self._step_of(selector), places, self._steps, bootstrap, seed)
         return self._framed(found, "tails of single allocations")
 
     def tail_fit(self, selector: str = "all", step: int | None = None, bootstrap: int = 199, seed: int = 0) -> TailFit:
-        """The fit of `tails` at one place, or of all steps pooled, with its picture and sentence."""
-        places = range(len(self)) if step is None else [step]
+        """The fit of `tails` at one place, or of all steps (not nine) pooled, with its picture and sentence."""
+        places = range(len(self)) if step is None else _tails.places_of([step], len(self))
         return _tails.fit(self._step_of(selector), places, bootstrap, seed)
 
     def _step_of(self, selector: str) -> Callable[[int], Array]:

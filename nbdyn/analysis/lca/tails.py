@@ -8,11 +8,27 @@ import numpy as np
 import pandas as pd
 
 from nbdyn.analysis.lca.concentration import tail_share
+from nbdyn.errors import NotRecorded
 from nbdyn.statistics.heavy_tail.result import TailFit
 from nbdyn.statistics.heavy_tail.weibull import double_weibull
 
 MOST = 100_000
 """Values of a fit, at most; of more a random sample is fitted."""
+
+
+def places_of(steps: Sequence[int], count: int) -> list[int]:
+    """Places among so many steps, negative ones counted from the end.
+
+    Raises:
+        NotRecorded: if one is not there, or none is asked for.
+
+    >>> places_of([0, -1], 6)
+    [0, 5]
+    """
+    off = [step for step in steps if not -count <= step < count]
+    if off or not len(steps):
+        raise NotRecorded(f"steps={list(steps)}: places 0..{count - 1} of this allocation can be asked for.")
+    return [int(step) % count for step in steps]
 
 
 def fit(cells: Callable[[int], np.ndarray], places: Sequence[int], bootstrap: int, seed: int) -> TailFit:

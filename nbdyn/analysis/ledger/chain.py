@@ -107,8 +107,19 @@ def check(data: bytes, path: str) -> Chain:
     try:
         _take(tail, entries, hashes, path)
     except Tampered:
+        if _is_whole(tail):  # no append that was cut short leaves a whole record
+            raise
         return Chain(tuple(entries), tuple(hashes), torn=tail)
     return Chain(tuple(entries), tuple(hashes), open_end=True)
+
+
+def _is_whole(tail: bytes) -> bool:
+    """Whether it begins with a whole JSON value."""
+    try:
+        json.JSONDecoder().raw_decode(tail.decode(errors="replace"))
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _take(line: bytes, entries: list[dict[str, Any]], hashes: list[str], path: str) -> None:

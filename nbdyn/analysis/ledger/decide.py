@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from nbdyn.errors import Incompatible
 from nbdyn.statistics.comparing import Alternative, sign_flips, two_samples
-from nbdyn.statistics.testing import one_sample
+from nbdyn.statistics.testing import differences, one_sample
 
 RELATIONS: dict[str, Alternative] = {">": "greater", "<": "less", "!=": "two-sided"}
 METHODS = ("t", "wilcoxon", "permutation")
@@ -64,7 +64,7 @@ def one_group(values: ArrayLike, value: float, relation: str, method: str, level
     found = one_sample(x, value, level, alternative)
     p = {"t": found.p, "wilcoxon": found.p_wilcoxon}.get(method)
     if p is None:
-        p, _ = sign_flips(x - value, alternative, DRAWS)
+        p, _ = sign_flips(differences(x, value), alternative, DRAWS)
     least = _least(method, alternative, 2**found.n)
     return Decision(found.n, found.mean - value, found.low - value, found.high - value, found.effect, p, least)
 

@@ -30,6 +30,8 @@ from nbdyn.store import Store
 from nbdyn.store.backend import join, normalize
 from nbdyn.store.provenance import package_version
 
+AMENDED = "amended after"
+"""How the reasons begin that a change gives."""
 Asked = str | Callable[[Any], Any]
 """A measure as it is given: a text, or a function from a run to a number."""
 
@@ -63,13 +65,18 @@ class Ledger:
         Raises:
             Tampered: names the entry.
         """
-        books = looks.logbooks(self.folder)
-        chain = _chain.read(self.path)
-        for sentence in looks.check_anchors(books, chain, self.path):
+        chain, doubts = self._checked()
+        for sentence in doubts:
             say(sentence)
         if chain.torn:
             say(f"{self.path}: the last append was cut short ({len(chain.torn)} bytes); the next one removes them.")
         return len(chain.entries)
+
+    def _checked(self) -> tuple[Chain, list[str]]:
+        """The chain, and what the logbooks of runs leave in doubt."""
+        books = looks.logbooks(self.folder)
+        chain = _chain.read(self.path)
+        return chain, looks.check_anchors(books, chain, self.path)
 
     @property
     def entries(self) -> list[dict[str, Any]]:
@@ -156,13 +163,15 @@ class Ledger:
         if before is None:
             return []
         version = f"version {before['version']}"
+        earlier = [reason for reason in before["reasons"] if reason.startswith(AMENDED)]  # two changes wash nothing off
         if any(entry.get("declaration") == before["n"] for entry in chain.entries):
-            return [f"amended after {version} was tested"]
-        now = {one.key: one for one in found}
-        now |= {one.key: one for one in map(looks.known, looks.stores(self.folder, before["runs"]))}
+            return [*earlier, f"{AMENDED} {version} was tested"]
+        stores = [*looks.stores(self.folder, before["runs"]), *self._others(parse_test(before["test"]))]
+        now = {one.key: one for one in [*found, *map(looks.known, stores)]}
         if any(one.looks for one in now.values()):
-            return [f"amended after data of runs of {version} was seen"]
-        return []
+            return [*earlier, f"{AMENDED} data of runs of {version} was seen"]
+        gone = [run["run"] for run in before["found"] if (run["run"], run["created"]) not in now]
+        return [*earlier, *([f"{AMENDED} {', '.join(gone)} of {version} was taken away"] if gone else [])]
 
     # Testing ------------------------------------------------------------------------------------------------------
 
@@ -186,7 +195,7 @@ class Ledger:
         parsed, tested = _same_measure(one, measure), parse_test(one.test)
         done = set[tuple[str, str]]().union(*(outcome.keys for outcome in _outcomes(one)))
         groups = [looks.stores(self.folder, one.runs), self._others(tested)]
-        looks.check_distinct([*groups[0], *groups[1]])
+        looks.check_distinct(groups)
         fresh = [[store for store in group if key_of(store) not in done] for group in groups]
         wanted = 2 if tested.count is None else tested.count
         if one.outcome is not None and any(len(group) < wanted for group in fresh[: 1 + (tested.runs is not None)]):
@@ -195,9 +204,9 @@ class Ledger:
         chosen = [choose(group, tested.count) for group in fresh]
         check_enough(one, chosen, wanted, tested)
         known = [looks.known(store) for group in (groups if one.outcome is None else chosen) for store in group]
-        reasons = _reasons(one, known, tested)
-        entry = entry_of(one, chosen, decide(one, tested, parsed, chosen, self._opened), reasons)
         keys = {store_key for group in chosen for store_key in map(key_of, group)}
+        reasons = _reasons(one, known, tested, keys)
+        entry = entry_of(one, chosen, decide(one, tested, parsed, chosen, self._opened), reasons)
 
         def make(chain: Chain) -> dict[str, Any] | None:
             now = next(h for h in hypotheses(chain.entries) if h.entry == one.entry)
@@ -252,14 +261,13 @@ class Ledger:
 
     def frame(self) -> pd.DataFrame:
         """The table; see `nbdyn.analysis.ledger.table.frame` for its columns. Checks the ledger first."""
-        self.verify()
-        return table.frame(self.hypotheses, self.folder)
+        chain, doubts = self._checked()
+        return table.frame(hypotheses(chain.entries), self.folder, doubts)
 
     def markdown(self) -> str:
-        """The table and every hypothesis in Markdown, to paste into a paper's appendix."""
-        self.verify()
-        chain = _chain.read(self.path)
-        return table.markdown(hypotheses(chain.entries), chain.hashes[-1] if chain.hashes else "")
+        """The table and every hypothesis in Markdown, to paste into a paper's appendix. Checks the ledger first."""
+        chain, doubts = self._checked()
+        return table.markdown(hypotheses(chain.entries), chain.hashes[-1] if chain.hashes else "", doubts)
 
     def plot(self) -> Any:
         """Effects with intervals, confirmatory and exploratory apart.
@@ -314,23 +322,28 @@ def _seen(found: Sequence[Known], measure: Measure | Function) -> list[str]:
     return [*reasons, *([f"an allocation of {', '.join(there)} was computed before"] if there else [])]
 
 
-def _reasons(one: Hypothesis, known: Sequence[Known], tested: Test) -> list[str]:
+def _reasons(one: Hypothesis, known: Sequence[Known], tested: Test, taken: set[tuple[str, str]]) -> list[str]:
     """Why a test is exploratory; none: it is confirmatory.
 
     Args:
         one: the hypothesis.
         known: of the first test all runs that match now, of a replication those that it takes.
-        tested: the test; where it fixes the number of runs, nobody can stop recording in view of the data.
+        tested: the test; where it fixes the number of runs, nobody can stop recording in view of the data, but for
+            going on with a run that was looked at.
+        taken: identities of the runs that are tested.
     """
-    looked = ", ".join(run.name for run in known if run.looks)
+    if tested.count is None:
+        looked = ", ".join(run.name for run in known if run.looks)
+    else:
+        looked = ", ".join(run.name for run in known if run.early and run.key in taken)
     if one.outcome is not None:
-        return [f"data of {looked} was seen before the replication"] if looked and tested.count is None else []
+        return [f"data of {looked} was seen before the replication"] if looked else []
     reasons = list(one.declared_reasons)
     before = {(run["run"], run["created"]): run["steps"] for run in one.found}
     now = {run.key: run.steps for run in known}
     missing = [key[0] for key in before if key not in now]
     if missing:
         reasons.append(f"{', '.join(missing)} was there at the declaration, and is missing or recorded anew")
-    elif looked and now != before and tested.count is None:
+    elif looked and now != before:
         reasons.append(f"runs were added or went on after the declaration, and data of {looked} was seen")
     return reasons

@@ -1,8 +1,8 @@
 """What is known of the runs of a hypothesis before it is tested: which there are, and who has looked at their data.
 
-The logbook of a run (`run.notes`) holds every statement that was asked of it, and each test of the ledger that read
-it. These are looks. Frames taken by hand (`run.steps`, `run.weights`, `run.lca`) are not logged, so they are not known;
-an allocation that is stored before the declaration counts as a look at it.
+The logbook of a run (`run.notes`) holds every statement that was asked of it, each `run.lca` and `run.noise`, and each
+test of the ledger that read it. These are looks. Frames taken by hand (`run.steps`, `run.weights`) are not logged, so
+they are not known; an allocation that is stored before the declaration counts as a look at it.
 
 The logbooks also hold the hash of each entry of the ledger that concerns the run. So entries that were cut off the
 ledger's end are missed there.
@@ -14,8 +14,11 @@ import fnmatch
 import hashlib
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from nbdyn.analysis.ledger.chain import Chain, Tampered
 from nbdyn.errors import Incompatible, NbdynError
@@ -40,6 +43,7 @@ class Known:
         steps: committed by then.
         looks: lines in its logbook that tell of a look at its data.
         allocations: names of its stored allocations.
+        early: whether one of the looks was at fewer steps than there are now.
     """
 
     name: str
@@ -47,6 +51,7 @@ class Known:
     steps: int
     looks: int
     allocations: tuple[str, ...] = ()
+    early: bool = False
 
     @property
     def key(self) -> tuple[str, str]:
@@ -94,30 +99,47 @@ def known(store: Store) -> Known:
     """What the ledger knows of a run now."""
     notes = frames.notes(store)
     kinds, texts = notes["kind"].to_numpy(), notes["text"].to_numpy()
-    looks = sum(
+    looked = np.array([
         kind == "statement" or (kind == KIND and str(text).startswith(_READS))
         for kind, text in zip(kinds, texts, strict=True)
-    )
+    ], bool)  # fmt: skip
+    early = bool((notes["step"].to_numpy()[looked] < store.steps_committed).any())
     there = tuple(allocations.names(store.uri))
-    return Known(store.name, str(store.config["created"]), store.steps_committed, looks, there)
+    return Known(store.name, str(store.config["created"]), store.steps_committed, int(looked.sum()), there, early)
 
 
-def check_distinct(found: list[Store]) -> None:
-    """Raise Incompatible if two runs have the same losses at every step: a copy is no further run.
+def check_distinct(groups: Sequence[Sequence[Store]]) -> None:
+    """Raise Incompatible if a run is a copy of another one: it is no further run.
+
+    A copy has the same loss at every step; within a group also if it was then trained further, or shorter. Runs of two
+    groups may begin alike: a treatment may set in later. Runs whose losses are all NaN cannot be told apart.
 
     Raises:
         Incompatible: names both.
     """
-    seen: dict[str, str] = {}
-    for store in found:
-        losses = store.read_steps(0, store.steps_committed, ("loss",))["loss"]
-        content = hashlib.sha256(losses.tobytes()).hexdigest()
-        if content in seen:
-            raise Incompatible(
-                f"{store.name} and {seen[content]} have the same loss at every step: a copy, or the same seed twice. "
-                "It would count twice; move one of them out of the folder, or name the runs by another pattern."
-            )
-        seen[content] = store.name
+    losses = {
+        store.name: store.read_steps(0, store.steps_committed, ("loss",))["loss"] for group in groups for store in group
+    }
+    losses = {name: values for name, values in losses.items() if not np.isnan(values).all()}
+    _check_beginnings(losses, whole=True)
+    for group in groups:
+        _check_beginnings({store.name: losses[store.name] for store in group if store.name in losses}, whole=False)
+
+
+def _check_beginnings(losses: dict[str, np.ndarray], *, whole: bool) -> None:
+    """Raise Incompatible if a series of losses is equal to another one, or (not `whole`) to its beginning."""
+    for length in {len(values) for values in losses.values()}:
+        seen: dict[str, str] = {}
+        for name, values in losses.items():
+            if len(values) < length or (whole and len(values) > length):
+                continue
+            other = seen.setdefault(hashlib.sha256(values[:length].tobytes()).hexdigest(), name)
+            if other != name and length in (len(values), len(losses[other])):
+                steps = "at every step" if len(values) == len(losses[other]) else f"at the {length} steps of one"
+                raise Incompatible(
+                    f"{name} and {other} have the same loss {steps}: a copy, or the same seed twice. "
+                    "It would count twice; move one of them out of the folder, or name the runs by another pattern."
+                )
 
 
 def anchor(found: list[Store], chain: Chain) -> list[str]:

@@ -18,11 +18,12 @@ COLUMNS = (
 )  # fmt: skip
 NOTE = (
     "verdicts are those over the ledger as it is now: further declarations can turn them back; who declares in view of "
-    "outcomes reads p_anytime"
+    "outcomes reads p_anytime; confirmatory is what was declared before the logbooks of the runs tell of a look, and "
+    "frames taken by hand are not in them"
 )
 
 
-def frame(found: Sequence[Hypothesis], folder: str) -> pd.DataFrame:
+def frame(found: Sequence[Hypothesis], folder: str, doubts: Sequence[str] = ()) -> pd.DataFrame:
     """One row a version of a hypothesis, confirmatory ones first.
 
     Columns: name, version, claim, kind, state, n (runs; pairs), effect (in the unit of the measure), low, high (its
@@ -33,7 +34,7 @@ def frame(found: Sequence[Hypothesis], folder: str) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     table["n"] = table["n"].astype("Int64")
     table[["declared", "tested"]] = table[["declared", "tested"]].apply(pd.to_datetime, utc=True)
-    table.attrs[PROVENANCE] = {"what": "ledger of hypotheses", "uri": folder, "note": NOTE}
+    table.attrs[PROVENANCE] = {"what": "ledger of hypotheses", "uri": folder, "note": "; ".join([NOTE, *doubts])}
     return table
 
 
@@ -101,14 +102,16 @@ def as_html(one: Hypothesis) -> str:
     return f"<div class='nbdyn-hypothesis'><b>{html.escape(describe(one)[0][1])}</b><table>{rows}</table></div>"
 
 
-def markdown(found: Sequence[Hypothesis], head: str) -> str:
+def markdown(found: Sequence[Hypothesis], head: str, doubts: Sequence[str] = ()) -> str:
     """A table for each kind and a section for each hypothesis.
 
     Args:
         found: the hypotheses.
         head: the hash of the ledger's last entry, which names the state that was exported.
+        doubts: sentences on what the logbooks of runs leave in doubt.
     """
     parts = ["# Hypotheses", f"State of the ledger: `{head or 'empty'}`. {NOTE[0].upper()}{NOTE[1:]}."]
+    parts += [f"**{_escaped(sentence)}.**" for sentence in doubts]
     for kind in (CONFIRMATORY, EXPLORATORY):
         mine = [one for one in found if one.kind == kind]
         if mine:
@@ -117,7 +120,8 @@ def markdown(found: Sequence[Hypothesis], head: str) -> str:
 
 
 def _table(found: Sequence[Hypothesis]) -> str:
-    names = ("name", "version", "state", "n", "effect", "low", "high", "p", "p_holm", "p_bh", "level", "verdict")
+    names = ("name", "version", "state", "n", "effect", "low", "high", "p", "p_holm", "p_bh", "p_anytime", "level",
+             "verdict")  # fmt: skip
     rows = [[_cell(_row(one).get(name)) for name in names] for one in found]
     lines = [names, ["---"] * len(names), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

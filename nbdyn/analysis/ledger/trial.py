@@ -12,6 +12,7 @@ from nbdyn.analysis.ledger.measures import Function, Opened, pairs, values_of
 from nbdyn.analysis.ledger.records import CONFIRMATORY, EXPLORATORY, REPLICATED, TESTED, Hypothesis
 from nbdyn.errors import Incompatible
 from nbdyn.settings import say
+from nbdyn.statistics.testing import differences
 from nbdyn.store import Store
 from nbdyn.store.provenance import package_version
 
@@ -72,8 +73,8 @@ def decide(
     if tested.value is not None:
         found = one_group(x, tested.value, tested.relation, tested.method, one.level)
     elif tested.paired:
-        differences = [left - y[place] for left, place in zip(x, order, strict=True)]
-        found = one_group(differences, 0.0, tested.relation, tested.method, one.level)
+        paired = differences(x, [y[place] for place in order])
+        found = one_group(paired, 0.0, tested.relation, tested.method, one.level)
     else:
         found = two_groups(x, y, tested.relation, tested.method, one.level)
     return found, values, pairing

@@ -12,7 +12,7 @@ from nbdyn.analysis.lca.losses import loss_of
 from nbdyn.analysis.lca.of_run import check_model
 from nbdyn.analysis.lca.paths import RunPath
 from nbdyn.analysis.lca.samples import Samples, samples_of
-from nbdyn.analysis.noise.asked import Request, by_layer, places
+from nbdyn.analysis.noise.asked import Request, by_layer, places, whole_numbers
 from nbdyn.analysis.noise.kinds import kind_of
 from nbdyn.analysis.noise.measures import in_batches
 from nbdyn.analysis.noise.probe import Probe
@@ -20,8 +20,9 @@ from nbdyn.analysis.noise.recorded import of_batch, of_coordinates, of_window
 from nbdyn.analysis.noise.result import Noise
 from nbdyn.analysis.noise.sampled import Source, choose, layers_of
 from nbdyn.errors import NbdynError
+from nbdyn.schema import PART_SNAPSHOT
 from nbdyn.settings import format_size, say
-from nbdyn.store import Store
+from nbdyn.store import Store, state
 
 MOST_BYTES = 2_000_000_000
 """Of the values that a result holds; beyond, it is refused."""
@@ -39,21 +40,14 @@ def noise(
         )
     if data is not None and sampled in READERS:
         raise NbdynError(f'data= is for sampled="samples" and "mini-batches"; {sampled!r} reads what was recorded.')
+    if request.subset is not None and sampled in READERS:
+        raise NbdynError(f"subset= takes a part of data=, and {sampled!r} reads what was recorded.")
     if sampled in READERS:
         found = READERS[sampled](store, request)
     else:
         found = _of_data(store, data, loss_fn, model, train_data, request)
-    _log(store, request)
+    store.log_look(f"noise of {request.kind.name}" + ("" if request.steps is None else f" at {request.steps}"))
     return found
-
-
-def _log(store: Store, asked: Request) -> None:
-    """Write into the logbook that the noise was looked at, as statements are; where it cannot, say so."""
-    steps = "" if asked.steps is None else f" at {asked.steps}"
-    try:
-        store.write_note(store.steps_committed, "statement", f"noise of {asked.kind.name}{steps}")
-    except (NbdynError, OSError, RuntimeError) as error:
-        say(f"not logged with {store.name}: {str(error).splitlines()[0]}")
 
 
 # Samples of data at fixed weights -------------------------------------------------------------------------------
@@ -70,7 +64,8 @@ def _of_data(store: Store, data: Any, loss_fn: Any, model: nn.Module | None, tra
     loss_fn = loss_of(store, loss_fn)
     everything = samples_of(data, progress=asked.progress)
     samples = _subset(everything, asked)
-    if asked.kind.name == "mini-batches" and not 1 <= asked.of_batch <= len(samples) // 2:
+    size = whole_numbers(asked.of_batch, "batch")[0]
+    if asked.kind.name == "mini-batches" and not 1 <= size <= len(samples) // 2:
         raise NbdynError(f"batch={asked.of_batch} of {len(samples):,} samples; give 1..{len(samples) // 2}.")
     trained = [tensor.get("trainable", True) for tensor in store.config["tensors"]]
     probe = Probe(model, loss_fn, samples, trained, asked.progress)
@@ -92,27 +87,35 @@ def _of_data(store: Store, data: Any, loss_fn: Any, model: nn.Module | None, tra
         sums = []
     source = Source(probe, weights, len(everything))
     batch = asked.of_batch if asked.kind.name == "mini-batches" else None
-    return Noise(asked.kind, found, sums, store, asked.seed, batch, source, _notes(probe))
+    return Noise(asked.kind, found, sums, store, asked.seed, batch, source, _notes(store, probe, steps))
 
 
 def _subset(samples: Samples, asked: Request) -> Samples:
     if asked.subset is None:
         return samples
-    if not 2 <= asked.subset <= len(samples):
+    if not 2 <= whole_numbers(asked.subset, "subset")[0] <= len(samples):
         raise NbdynError(f"subset={asked.subset}: at least 2 and at most the {len(samples):,} samples that there are.")
     chosen = np.sort(np.random.default_rng(asked.seed).permutation(len(samples))[: asked.subset])
     return Samples(samples.inputs[chosen], samples.targets[chosen])
 
 
-def _notes(probe: Probe) -> tuple[str, ...]:
+def _notes(store: Store, probe: Probe, steps: list[int]) -> tuple[str, ...]:
     found = [f"{name} is left out: {why}" for name, why in probe.left_out.items()]
     if probe.has_batch_norm:
         found.append(
             "batch normalization uses the recorded running statistics: this is not the noise of the training, whose "
             "batches couple their samples"
         )
+        between = np.setdiff1d(steps, state.places(store, PART_SNAPSHOT))
+        if len(between):
+            found.append(f"the running statistics at {', '.join(map(str, between))} are those of the snapshot before")
     if probe.is_random:
         found.append("dropout is off: the noise of its masks is not in it")
+    if probe.is_uneven:
+        found.append(
+            "class weights or ignored targets: the loss of a batch divides by the weights of that batch, a mean over "
+            "samples here by those of all, so that it is not quite the gradient of a batch"
+        )
     return tuple(found)
 
 

@@ -18,15 +18,15 @@ from tests import problems
 DATA = problems.data(60)
 
 
-def record(path: Path, seed: int, lr: float = 0.3, lca: bool = False) -> None:
-    """A run of two epochs of three steps each, without single samples."""
+def record(path: Path, seed: int, lr: float = 0.3, lca: bool = False, epochs: int = 2, mode: str = "new") -> None:
+    """A run of epochs of three steps each, without single samples."""
     model = problems.mlp(12, 5, 4, seed=seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     loss_fn = nn.CrossEntropyLoss()
     loader = DataLoader(DATA, 20, shuffle=True, generator=torch.Generator().manual_seed(seed))
     extra = {"lca": DATA} if lca else {}
-    with nbdyn.record(path, model, optimizer, loss_fn, per_sample=False, weights="every", **extra) as rec:
-        for _ in range(2):
+    with nbdyn.record(path, model, optimizer, loss_fn, per_sample=False, weights="every", mode=mode, **extra) as rec:
+        for _ in range(epochs):
             for x, y in rec.watch(loader):
                 optimizer.zero_grad()
                 loss_fn(model(x), y).backward()

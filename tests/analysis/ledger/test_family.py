@@ -32,6 +32,7 @@ def test_what_is_not_tested_counts():
     waiting = judge([np.nan, 0.01, np.nan, np.nan], 0.05)
     assert waiting.holm[1] == pytest.approx(0.04) and np.isnan(waiting.holm[[0, 2, 3]]).all()
     assert waiting.bh[1] == pytest.approx(0.04) and not waiting.supported[0]
+    assert judge([0.6, np.nan], 0.05).bh[0] == 1.0  # as p = 1, and no less
 
 
 def test_an_empty_family():

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 import nbdyn
-from nbdyn.analysis.ledger import Hypothesis, Ledger
+from nbdyn.analysis.ledger import Hypothesis, Ledger, looks, trial
 from nbdyn.errors import Incompatible, NbdynError, NotRecorded, QueryError, UnknownName
 from nbdyn.settings import options
 from tests.analysis.ledger.conftest import Give, record
@@ -100,14 +103,13 @@ def test_a_replication_on_runs_that_were_looked_at_is_set_apart(give: Give):
     assert found.replications[0].reasons == ("data of a-3 was seen before the replication",)
 
 
-def test_declared_before_any_run_is_there(tmp_path: Path, recorded: Path):
-    folder = tmp_path / "later"
+def test_declared_before_any_run_is_there(tmp_path: Path, give: Give):
+    folder = tmp_path / "runs"
     found = again(folder, 1)
     assert found.found == () and found.kind == "confirmatory"
     with pytest.raises(Incompatible, match=r'no run matches "a-\*"; "< 2, t over runs" needs 2 at least'):
         again(folder, 1)
-    for number in (7, 8):
-        record(folder / f"a-{number}", number)
+    give("a-3", "a-4")
     assert again(folder, 1).verdict in ("supported", "not supported")
 
 
@@ -132,6 +134,16 @@ def test_a_number_of_runs_fixed_beforehand(give: Give):
     assert found.outcome.runs["run"].tolist() == ["a-0", "a-1", "a-2"]  # those recorded first
 
 
+def test_a_run_that_went_on_after_a_look_is_not_fixed(give: Give):
+    """Their number is fixed, but not where they end."""
+    folder, body = give("a-0", "a-1"), BODY.replace("over runs", "over 2 runs")
+    again(folder, 1, body)
+    ask(folder, "a-1")
+    record(folder / "a-1", 1, epochs=1, mode="resume")
+    found = again(folder, 1, body)
+    assert found.reasons == ("runs were added or went on after the declaration, and data of a-1 was seen",)
+
+
 # What was seen ----------------------------------------------------------------------------------------------------
 
 
@@ -142,6 +154,16 @@ def test_runs_that_were_asked_before_make_it_exploratory(give: Give):
     assert (found.kind, found.reasons) == ("exploratory", ("data of a-1 was asked for before",))
     assert found.verdict in ("suggested", "not suggested")
     assert found.found[0]["looks"] == 0 and found.found[1]["looks"] == 1
+
+
+def test_an_allocation_that_is_opened_is_a_look_and_one_that_is_recorded_is_none(give: Give):
+    folder = give("lca-0", "lca-1")
+    body = BODY.replace("mean(loss) during epoch 1", "mean(loss) over all")
+    assert nbdyn.ledger(folder).run_cell("first", body, "lca-*").kind == "confirmatory"
+    nbdyn.open(folder / "lca-1").lca(name="train")
+    found = nbdyn.ledger(folder).run_cell("second", body, "lca-*")
+    assert found.reasons == ("data of lca-1 was asked for before",)
+    assert nbdyn.open(folder / "lca-1").notes["text"].tolist()[-2] == "loss change allocation train"
 
 
 def test_to_explain_a_statement_or_open_a_run_is_no_look(give: Give):
@@ -210,19 +232,17 @@ def test_a_change_before_data_is_seen_is_a_correction(give: Give):
     assert (old.state, old.test, old.verdict) == ("withdrawn", "< 2, t over runs", "")
 
 
-@pytest.mark.parametrize(
-    "change",
-    [("It learns", "It unlearns"), ("mean(loss)", "max(loss)"), ("< 2", "> 2"), (", t", ", wilcoxon")],
-    ids=["claim", "measure", "test", "method"],
-)
-def test_a_change_after_the_test_is_marked_and_the_first_stays(give: Give, change: tuple[str, str]):
+def test_a_change_after_the_test_is_marked_and_the_first_stays(give: Give):
+    """Of claim, measure, relation or method."""
     folder = give("a-0", "a-1")
     first = again(folder, 2)
-    found = again(folder, 1, BODY.replace(*change))
-    assert found.version == 2 and found.kind == "exploratory"
-    assert "amended after version 1 was tested" in found.reasons
-    old = nbdyn.ledger(folder).hypotheses[0]
-    assert old.outcome == first.outcome and old.state == "tested, amended" and old.verdict == first.verdict
+    changes = [("It learns", "It unlearns"), ("mean(loss)", "max(loss)"), ("< 2", "> 2"), (", t", ", wilcoxon")]
+    for version, change in enumerate(changes, 2):
+        found = again(folder, 1, BODY.replace(*change))
+        assert found.version == version and found.kind == "exploratory"
+        assert "amended after version 1 was tested" in found.reasons
+        old = nbdyn.ledger(folder).hypotheses[0]
+        assert old.outcome == first.outcome and old.state == "tested, amended" and old.verdict == first.verdict
 
 
 def test_a_change_of_level_or_runs_is_an_amendment_too(give: Give):
@@ -231,7 +251,33 @@ def test_a_change_of_level_or_runs_is_an_amendment_too(give: Give):
     assert again(folder, 1, level=0.2).reasons[-1] == "amended after version 1 was tested"
     found = nbdyn.ledger(folder).run_cell("learns", BODY, "b-*")
     assert found.version == 3 and found.kind == "exploratory"  # b was not looked at, a's outcome was
-    assert found.reasons == ("amended after data of runs of version 2 was seen",)
+    assert found.reasons == (
+        "amended after version 1 was tested", "amended after data of runs of version 2 was seen",
+    )  # fmt: skip
+    third = nbdyn.ledger(folder).run_cell("learns", BODY.replace("It learns", "It does"), "b-*")
+    fourth = nbdyn.ledger(folder).run_cell("learns", BODY, "b-*")
+    assert third.reasons == fourth.reasons == found.reasons  # although versions 3 and 4 are untested, and b unseen
+    assert [one.corrected for one in nbdyn.ledger(folder).hypotheses] == [False] * 5
+
+
+def test_a_change_after_the_other_group_was_seen_is_no_correction(give: Give):
+    folder = give("a-0", "a-1", "b-0", "b-1")
+    again(folder, 1, BODY.replace("< 2", '< "b-*"'))
+    ask(folder, "b-1")
+    found = again(folder, 1)
+    assert (found.kind, found.reasons) == ("exploratory", ("amended after data of runs of version 1 was seen",))
+    assert not nbdyn.ledger(folder).hypotheses[0].corrected
+
+
+def test_a_change_after_runs_were_taken_away_is_no_correction(give: Give):
+    """Whoever has looked could else move the runs, name others, and have one hypothesis less to count."""
+    folder = give("a-0", "a-1", "b-0", "b-1")
+    again(folder, 1)
+    ask(folder, "a-1")
+    os.rename(folder / "a-1", folder.parent / "a-1")
+    found = nbdyn.ledger(folder).run_cell("learns", BODY, "b-*")
+    assert (found.kind, found.reasons) == ("exploratory", ("amended after a-1 of version 1 was taken away",))
+    assert not nbdyn.ledger(folder).hypotheses[0].corrected
 
 
 def test_what_is_given_up_after_a_look_still_counts(give: Give):
@@ -284,6 +330,13 @@ def test_pairs_by_the_order_of_names(give: Give):
     assert found.outcome.pairing == "paired by the order of names, for seeds do not pair them"
 
 
+def test_pairs_that_differ_by_rounding_do_not_differ(give: Give, monkeypatch: pytest.MonkeyPatch):
+    folder = give("a-0", "a-1", "a-2", "b-0", "b-1", "b-2")
+    monkeypatch.setattr(trial, "values_of", lambda *_: [0.3, 0.1 + 0.2, 0.8, 0.1 + 0.2, 0.3, 0.7 + 0.1])
+    found = again(folder, 2, BODY.replace("< 2, t", '< "b-*", paired t'))
+    assert found.outcome is not None and found.outcome.effect == 0 and found.verdict == "none: the runs do not differ"
+
+
 def test_groups_that_do_not_pair_or_overlap_are_refused(give: Give):
     folder = give("a-0", "a-1", "a-2", "b-0", "b-1")
     body = BODY.replace("< 2, t", '< "b-*", paired t')
@@ -299,27 +352,26 @@ def test_groups_that_do_not_pair_or_overlap_are_refused(give: Give):
 # Measures ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("measure", "reference"),
-    [
-        ("loss at step 3", lambda run: run.steps["loss"][3]),
-        ("last(accuracy) over all", lambda run: run.steps["accuracy"].iloc[-1]),
-        ("share(|grad| > 1)", lambda run: (run.steps["grad_norm"] > 1).mean()),
-        ("dist(w, init) at step 5", lambda run: np.linalg.norm(run.weights["all"][5] - run.weights["all"][0])),
-        ("sum |grad| of 0.weight at step 2", None),
-    ],
-)
-def test_measures_are_what_frames_give(give: Give, measure: str, reference: Any):
+MEASURES: dict[str, Callable[[nbdyn.Run], Any]] = {
+    "loss at step 3": lambda run: run.steps["loss"][3],
+    "last(accuracy) over all": lambda run: run.steps["accuracy"].iloc[-1],
+    "share(|grad| > 1)": lambda run: (run.steps["grad_norm"] > 1).mean(),
+    "dist(w, init) at step 5": lambda run: np.linalg.norm(run.weights["all"][5] - run.weights["all"][0]),
+}
+
+
+def test_measures_are_what_frames_give(give: Give):
     folder = give("a-0", "a-1", "a-2")
-    if reference is None:
-        with pytest.raises(NotRecorded):
-            again(folder, 2, f"c\nmeasure: {measure}\ntest: > 0, t over runs")
-        assert len(nbdyn.ledger(folder).entries) == 1
-        return
-    found = again(folder, 2, f"c\nmeasure: {measure}\ntest: > 0, t over runs")
-    expected = [reference(nbdyn.open(folder / f"a-{number}")) for number in range(3)]
-    assert found.outcome is not None
-    assert found.outcome.runs["value"].to_numpy() == pytest.approx(np.array(expected, np.float64), rel=1e-5)
+    ledger, opened = nbdyn.ledger(folder), [nbdyn.open(folder / f"a-{number}") for number in range(3)]
+    for number, (measure, reference) in enumerate(MEASURES.items()):
+        ledger.declare(f"m{number}", "c", measure, "> 0, t over runs", "a-*")
+        done = ledger.test(f"m{number}").outcome
+        expected = np.array([reference(run) for run in opened], np.float64)
+        assert done is not None and done.runs["value"].to_numpy() == pytest.approx(expected, rel=1e-5)
+    ledger.declare("none", "c", "sum |grad| of 0.weight at step 2", "> 0, t over runs", "a-*")
+    with pytest.raises(NotRecorded):
+        ledger.test("none")
+    assert ledger["none"].state == "declared"
 
 
 def test_progress_is_that_of_all_runs_together(give: Give):
@@ -331,25 +383,26 @@ def test_progress_is_that_of_all_runs_together(give: Give):
     assert found.outcome.runs["value"].tolist() == pytest.approx([(t[0] - t[4]) / (t[0] - low) for t in tables])
 
 
-@pytest.mark.parametrize(
-    ("measure", "expected"),
-    [
-        ("sum lca of 2 over all", lambda lca: lca.layers.set_index("layer")["lca"]["2"]),
-        ("sum lca in train", lambda lca: lca.layers["lca"].sum()),
-        ("sum lca of 0.weight during epoch 1", lambda lca: lca.series("tensor")["0.weight"].iloc[3:].sum()),
-        ("mean lca of 2.bias at step 2", lambda lca: lca.series("tensor")["2.bias"].iloc[2] / 4),
-        ("sum lca of 2.weight[1,:] during steps 1..4", lambda lca: lca.cells("2.weight[1,:]", slice(1, 5)).sum()),
-    ],
-)
-def test_lca_measures_are_those_of_the_allocation(give: Give, measure: str, expected: Any):
+LCA_MEASURES: dict[str, Callable[[Any], Any]] = {
+    "sum lca of 2 over all": lambda lca: lca.layers.set_index("layer")["lca"]["2"],
+    "sum lca in train": lambda lca: lca.layers["lca"].sum(),
+    "sum lca of 0.weight during epoch 1": lambda lca: lca.series("tensor")["0.weight"].iloc[3:].sum(),
+    "mean lca of 2.bias at step 2": lambda lca: lca.series("tensor")["2.bias"].iloc[2] / 4,
+    "sum lca of 2.weight[1,:] during steps 1..4": lambda lca: lca.cells("2.weight[1,:]", slice(1, 5)).sum(),
+}
+
+
+def test_lca_measures_are_those_of_the_allocation(give: Give):
     folder = give("lca-0", "lca-1")
     ledger = nbdyn.ledger(folder)
-    body = f"c\nmeasure: {measure}\ntest: < 0, t over runs"
-    assert ledger.run_cell("x", body, "lca-*").reasons == ("an allocation of lca-0, lca-1 was computed before",)
-    done = ledger.run_cell("x", body, "lca-*").outcome
-    assert done is not None
-    reference = [expected(nbdyn.open(folder / name).lca(name="train")) for name in ("lca-0", "lca-1")]
-    assert done.runs["value"].tolist() == pytest.approx(reference, rel=1e-5)
+    for number, measure in enumerate(LCA_MEASURES):
+        declared = ledger.declare(f"m{number}", "c", measure, "< 0, t over runs", "lca-*")
+        assert declared.reasons == ("an allocation of lca-0, lca-1 was computed before",)
+    allocations = [nbdyn.open(folder / name).lca(name="train") for name in ("lca-0", "lca-1")]
+    for number, expected in enumerate(LCA_MEASURES.values()):
+        done = ledger.test(f"m{number}").outcome
+        assert done is not None
+        assert done.runs["value"].tolist() == pytest.approx([expected(lca) for lca in allocations], rel=1e-5)
 
 
 def test_lca_without_an_allocation_says_so(give: Give):
@@ -391,21 +444,20 @@ def test_a_function_without_source_or_number_is_refused(give: Give):
         ledger.test("words", measure=words)
 
 
-@pytest.mark.parametrize(
-    ("measure", "error", "message"),
-    [
+def test_a_measure_that_fails_leaves_the_declaration_alone(give: Give):
+    ledger = nbdyn.ledger(give("a-0", "a-1"))
+    wrong: list[tuple[str, type[Exception], str]] = [
         ("mean(los)", NbdynError, 'did you mean "loss"'),
         ("loss during epoch 1", QueryError, "gives 3 rows for a-0; a hypothesis needs one number a run"),
         ("loss at step 99", QueryError, "step 99 is not recorded"),
         ("mean(loss) where class > 99", Incompatible, "Leaving the run out would be a choice"),
         ("dist(w, init) at step 99", NbdynError, "99"),
-    ],
-)
-def test_a_measure_that_fails_leaves_the_declaration_alone(give: Give, measure: str, error: type, message: str):
-    folder = give("a-0", "a-1")
-    with pytest.raises(error, match=message):
-        again(folder, 2, f"c\nmeasure: {measure}\ntest: < 2, t over runs")
-    assert [entry["event"] for entry in nbdyn.ledger(folder).entries] == ["declared"]
+    ]
+    for number, (measure, error, message) in enumerate(wrong):
+        ledger.declare(f"m{number}", "c", measure, "< 2, t over runs", "a-*")
+        with pytest.raises(error, match=message):
+            ledger.test(f"m{number}")
+    assert [entry["event"] for entry in ledger.entries] == ["declared"] * 5
 
 
 # What is refused --------------------------------------------------------------------------------------------------
@@ -418,9 +470,23 @@ def test_a_copy_of_a_run_is_refused(give: Give):
         again(folder, 1)
 
 
-def test_a_run_that_is_still_recorded_is_refused(give: Give):
-    import torch
+def losses_of(name: str, values: list[float]) -> Any:
+    return SimpleNamespace(name=name, steps_committed=len(values), read_steps=lambda *_: {"loss": np.array(values)})
 
+
+def test_a_copy_that_went_on_is_refused_and_groups_may_begin_alike():
+    """The same seed for three steps and for two: two would count twice. A treatment that sets in later is none."""
+    long, other = losses_of("long", [3.0, 2.0, 1.0]), losses_of("other", [3.0, 2.0, 4.0])
+    short, lost = losses_of("short", [3.0, 2.0]), [losses_of(name, [np.nan] * 2) for name in "xy"]
+    looks.check_distinct([[long, other, *lost], [short]])
+    for group in ([long, short], [short, long], [other, *lost, long, short]):
+        with pytest.raises(Incompatible, match="have the same loss at the 2 steps of one: a copy, or the same seed"):
+            looks.check_distinct([group, []])
+    with pytest.raises(Incompatible, match="other and long have the same loss at every step"):
+        looks.check_distinct([[long], [losses_of("other", [3.0, 2.0, 1.0])]])
+
+
+def test_a_run_that_is_still_recorded_is_refused(give: Give):
     folder = give("a-0")
     model = torch.nn.Linear(2, 2)
     live = nbdyn.record(folder / "a-1", model, torch.optim.SGD(model.parameters(), 0.1), torch.nn.MSELoss())

@@ -145,7 +145,7 @@ def test_html_and_markdown_escape_what_users_write(book: Book):
     assert "\\<script\\>alert(1)\\</script\\> \\| \\*a\\* \\`b\\` \\[c\\](d) \\# é 深" in text
     assert "    def f(run):\n        return 1" in text and "`ab12`" in text
     rows = [line for line in text.splitlines() if line.startswith("| evil")]
-    assert len(rows) == 1 and rows[0].count("|") == 13
+    assert len(rows) == 1 and rows[0].count("|") == 14
 
 
 def test_what_is_said_of_a_hypothesis(book: Book):

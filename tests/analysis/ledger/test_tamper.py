@@ -51,6 +51,8 @@ def test_a_ledger_that_is_gone_or_begun_anew_is_said(folder: Path, remove: bool,
     os.remove(folder / chain.FILE)
     if not remove:
         again(folder, 1)
+    for shown in (nbdyn.ledger(folder).markdown(), nbdyn.ledger(folder).frame().attrs["nbdyn"]["note"]):
+        assert "a-0, a-1: known to another ledger" in shown.replace("\\", "")  # also if nothing is said
     options.quiet = False
     nbdyn.ledger(folder)
     assert "a-0, a-1: known to another ledger" in capsys.readouterr().out
