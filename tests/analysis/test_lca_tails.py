@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from nbdyn.analysis.lca import tails
+from nbdyn.analysis.lca.result import Allocation
+from nbdyn.errors import NotRecorded
 from nbdyn.statistics.heavy_tail.weibull import double_weibull
 
 
@@ -41,3 +44,30 @@ def test_many_values_are_sampled() -> None:
     assert found.n_tail + found.zeros == 99_999
     assert found.n_tail == pytest.approx(80_000, rel=0.01)
     assert found["shape"].value == pytest.approx(1, abs=0.01)
+
+
+def test_places_of_an_allocation() -> None:
+    """Through the allocation: nine steps of many, places from the end, and what is not there."""
+    values = cells(1.0, steps=30, size=40).astype(np.float32)
+
+    class Known(Allocation):
+        def __init__(self) -> None:
+            self._steps = np.arange(100, 130)
+
+        def __len__(self) -> int:
+            return len(values)
+
+        def cells(self, selector: str = "all", steps: slice = slice(None), of_class: int | None = None) -> np.ndarray:
+            return values[steps]
+
+        def _framed(self, frame: pd.DataFrame, what: str) -> pd.DataFrame:
+            return frame
+
+    found = Known()
+    assert found.tails(bootstrap=0)["step"].tolist() == [*map(str, np.linspace(100, 129, 9).astype(int)), "pooled"]
+    assert found.tails(steps=[-1], bootstrap=0)["step"].tolist() == ["129", "pooled"]
+    assert found.tail_fit(step=-30, bootstrap=0)["shape"] == found.tail_fit(step=0, bootstrap=0)["shape"]
+    assert found.tail_fit(bootstrap=0).n_tail == 30 * 32
+    for steps in ([30], [-31], []):
+        with pytest.raises(NotRecorded, match=r"places 0\.\.29"):
+            found.tails(steps=steps)

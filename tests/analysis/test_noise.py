@@ -1,169 +1,42 @@
-"""Noise of recorded runs: every kind of sample against autograd, one gradient at a time, and what is refused."""
+"""Noise of recorded runs: every kind of sample against autograd, what is said of it, and what is refused."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy import stats
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 import nbdyn
-from nbdyn.analysis.lca.samples import samples_of
 from nbdyn.analysis.noise import gather
 from nbdyn.analysis.noise import result as results
+from nbdyn.analysis.noise import words as said
 from nbdyn.analysis.noise.kinds import KINDS, kind_of
-from nbdyn.analysis.noise.probe import Probe
 from nbdyn.analysis.noise.result import Noise
 from nbdyn.analysis.noise.sampled import Sample
 from nbdyn.errors import Incompatible, NbdynError, NotRecorded, UnknownName
-from tests import networks, problems
+from nbdyn.store.gradients import Gradients
+from tests import problems
+from tests.per_sample import BATCH, DATA, LOSS, Characters, at, net, own_gradients, recorded
 
-LOSS = nn.CrossEntropyLoss()
-STEPS, BATCH = 12, 20
-DATA = TensorDataset(problems.data()[:][0].double(), problems.data()[:][1])
+STEPS = 12
 LAYERS = {"0": slice(0, 78), "2": slice(78, 106)}
-
-
-def net(**options: Any) -> nn.Sequential:
-    return problems.mlp(12, 6, 4, **options).double()
-
-
-def own_gradients(model: nn.Module, x: torch.Tensor, y: torch.Tensor, loss_fn: Any = LOSS) -> np.ndarray:
-    """The gradient of each sample's own loss, one backward pass each, (samples, P)."""
-    found = []
-    for i in range(len(x)):
-        model.zero_grad()
-        loss_fn(model(x[i : i + 1]), y[i : i + 1]).backward()
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
-        found.append(torch.cat([g.reshape(-1) for g in grads]).numpy())
-    return np.array(found)
-
-
-def recorded(path: Path, model: nn.Module, **options: Any) -> tuple[str, list[torch.Tensor], list[Any], list[Any]]:
-    """Record two epochs of 6 steps; the run, and what the loop saw: weights, gradients and batches."""
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.2, momentum=0.5)
-    loader = DataLoader(DATA, BATCH, shuffle=True, generator=torch.Generator().manual_seed(1))
-    weights, grads, batches = [problems.flat(model)], [], []
-    with nbdyn.record(path, model, optimizer, LOSS, **{"snapshot_every": 5, **options}) as rec:
-        for _ in range(2):
-            for x, y in rec.watch(loader):
-                optimizer.zero_grad()
-                LOSS(model(x), y).backward()
-                batches.append((x, y))
-                grads.append(torch.cat([p.grad.reshape(-1).clone() for p in model.parameters() if p.grad is not None]))
-                optimizer.step()
-                weights.append(problems.flat(model))
-    return rec.uri, weights, grads, batches
 
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return recorded(tmp_path_factory.mktemp("noise") / "run", net())
+    return recorded(tmp_path_factory.mktemp("noise") / "run", net(), 2)
 
 
 @pytest.fixture
 def run(seen: Any) -> nbdyn.Run:
     return nbdyn.open(seen[0], model=net(), data=DATA)
-
-
-def at(weights: torch.Tensor, **options: Any) -> nn.Module:
-    """The network with some weights."""
-    model = net(**options)
-    nn.utils.vector_to_parameters(weights, model.parameters())
-    return model
-
-
-# Gradients of single samples, exactly ---------------------------------------------------------------------------
-
-
-def own_loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """A loss without a form for single samples."""
-    return nn.functional.cross_entropy(outputs, targets)
-
-
-class Tied(nn.Module):
-    """An embedding whose table is the last layer's weight, too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table, self.head = nn.Embedding(9, 5), nn.Linear(5, 9)
-        self.head.weight = self.table.weight
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.tanh(self.table(x)).mean(1))
-
-
-class Characters(networks.CharLSTM):
-    """With the logits of a sample in one row."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x).unflatten(0, (len(x), -1)).transpose(1, 2)
-
-
-def images(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.rand(count, 1, 28, 28).double(), torch.randint(0, 10, (count,))
-
-
-NETWORKS: dict[str, Callable[[], tuple[nn.Module, Any, Any]]] = {
-    "mlp": lambda: (net(), DATA[:], LOSS),
-    "a loss of one's own": lambda: (net(), DATA[:], own_loss),
-    "batch norm and dropout": lambda: (net(batch_norm=True, dropout=0.3), DATA[:], nn.CrossEntropyLoss()),
-    "convolutions": lambda: (networks.LeNet(), images(37), LOSS),
-    "attention": lambda: (networks.ViT(width=8, depth=1, heads=2), images(9), LOSS),
-    "group norm": lambda: (networks.ResNet(1, 4, "group", 1), images(9), LOSS),
-    "LSTM": lambda: (Characters(65, 8, 8), (torch.randint(0, 65, (20, 9)), torch.randint(0, 65, (20, 9))), LOSS),
-    "tied": lambda: (Tied(), (torch.randint(0, 9, (40, 4)), torch.randint(0, 9, (40,))), LOSS),
-}
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_gradients_are_autograds(name: str) -> None:
-    torch.manual_seed(0)
-    model, data, loss_fn = NETWORKS[name]()
-    model = model.double().eval()
-    found = Probe(model, loss_fn, samples_of(data), [True] * len(list(model.parameters())))
-    weights = problems.flat(model)
-    chosen = np.random.default_rng(0).permutation(len(weights))[:200]
-    found.go_to(weights.numpy(), {})
-    values, sums = found.pass_over(chosen, "")
-    gradients = own_gradients(model, *data, loss_fn)
-    mean = gradients.mean(axis=0)
-    assert not found.left_out
-    assert np.abs(values - gradients[:, chosen]).max() < 1e-13 * np.abs(gradients).max()
-    layers: dict[str, list[np.ndarray]] = {}
-    first = 0
-    for tensor, p in model.named_parameters():
-        layers.setdefault(tensor.rpartition(".")[0], []).append(np.arange(first, first + p.numel()))
-        first += p.numel()
-    assert sums.layers == tuple(layers)
-    for number, parts in enumerate(layers.values()):
-        some = gradients[:, np.concatenate(parts)]
-        assert np.allclose(sums.squares[:, number], np.square(some).sum(axis=1), rtol=1e-10, atol=1e-25)
-        assert np.allclose(sums.along[:, number], some @ mean[np.concatenate(parts)], rtol=1e-9, atol=1e-16)
-        assert np.isclose(sums.mean_square[number], np.square(mean[np.concatenate(parts)]).sum())
-    some = np.arange(5)
-    assert np.allclose(found.gradient(some), gradients[:5].mean(axis=0))
-
-
-def test_class_weights_and_ignored_targets_count_as_in_the_whole(run: nbdyn.Run) -> None:
-    x, y = DATA[:]
-    y = torch.where(torch.arange(len(y)) % 7 == 0, -100, y)
-    loss_fn = nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 3.0, 4.0]).double())
-    model = net()
-    found = Probe(model, loss_fn, samples_of((x, y)), [True] * 4)
-    found.go_to(problems.flat(model).numpy(), {})
-    values, sums = found.pass_over(np.arange(106), "")
-    loss_fn(model(x), y).backward()
-    whole = torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None]).numpy()
-    assert np.allclose(values.mean(axis=0), whole) and np.isclose(sums.mean_square.sum(), np.square(whole).sum())
-    assert not values[::7].any()
 
 
 # The kinds ------------------------------------------------------------------------------------------------------
@@ -241,13 +114,11 @@ def test_batches_captured_in_parts(tmp_path: Path) -> None:
         optimizer.step()
     noise = nbdyn.open(rec.uri).noise(sampled="batch", steps=0, coordinates=1_000)
     gradients = np.concatenate([own_gradients(twin, x, y, loss_fn) for x, y in data])
-    scale = None
     for sample in noise.samples:
         expected = gradients[:, sample.parameters]
-        scale = np.abs(sample.values).max() / np.abs(expected).max() if scale is None else scale
-        assert np.abs(sample.values - scale * expected).max() < 1e-6 * np.abs(expected).max()
+        assert np.abs(sample.values - expected).max() < 1e-6 * np.abs(expected).max()
     row = noise.scale().query("layer == 'all'").iloc[0]
-    assert np.isclose(row["trace"], scale**2 * np.trace(np.cov(gradients.T)), rtol=1e-5)
+    assert np.isclose(row["trace"], np.trace(np.cov(gradients.T)), rtol=1e-5)
 
 
 def test_mini_batches_are_means_of_a_partition(run: nbdyn.Run, seen: Any) -> None:
@@ -285,8 +156,9 @@ def test_what_is_sampled_is_named_everywhere(run: nbdyn.Run) -> None:
         options |= {"batch": 2} if name == "mini-batches" else {}
         noise = run.noise(sampled=name, coordinates=12, progress=False, **options)
         words.add(noise.sampled)
-        title = json.loads(noise.plot().to_json())["title"]
-        assert noise.sampled in title["subtitle"][0] and kind.warning in ["", *title["subtitle"]]
+        if name in ("samples", "coordinates"):  # with a noise scale and without
+            title = noise.plot().title.to_dict()
+            assert noise.sampled in title["subtitle"][0] and kind.warning in ["", *title["subtitle"]]
         assert noise.sampled in repr(noise) and noise.sampled in noise.methods()
         assert kind.warning in noise.methods() and kind.warning in repr(noise)
         for frame in (noise.frame(), noise.index(), noise.normality()):
@@ -295,12 +167,29 @@ def test_what_is_sampled_is_named_everywhere(run: nbdyn.Run) -> None:
     assert len(words) == len(KINDS)
 
 
-def test_subsets_and_seeds(run: nbdyn.Run) -> None:
-    noise = run.noise(steps=0, subset=50, coordinates=8, seed=3, progress=False)
-    assert "50 samples of 120" in noise.sampled
-    again, other = (run.noise(steps=0, subset=50, coordinates=8, seed=s, progress=False) for s in (3, 4))
-    assert np.array_equal(again.samples[0].values, noise.samples[0].values)
-    assert not np.array_equal(other.samples[0].parameters, noise.samples[0].parameters)
+def test_subsets_and_seeds(run: nbdyn.Run, seen: Any) -> None:
+    noise, again, other = (run.noise(steps=0, subset=50, coordinates=8, seed=s, progress=False) for s in (3, 3, 4))
+    first, some = noise.samples[0], np.sort(np.random.default_rng(3).permutation(120)[:50])
+    assert "50 samples of 120" in noise.sampled and np.array_equal(again.samples[0].values, first.values)
+    assert np.allclose(first.values, own_gradients(at(seen[1][0]), *DATA[some])[:, first.parameters])
+    assert not np.array_equal(other.samples[0].parameters, first.parameters)
+
+
+def test_recorded_batches_of_several_sizes(tmp_path: Path) -> None:
+    uri, *_ = recorded(tmp_path / "run", net(), batch=50)
+    noise = nbdyn.open(uri).noise(sampled="batch", steps=[0, 2])
+    assert "20 to 50 samples" in noise.sampled
+    with pytest.raises(Incompatible, match="20 samples make 20 means of at most 1"):
+        noise.index(batch=2)
+    assert set(noise.surrogate(draws=19)["n"]) == {20, 50}
+
+
+def test_the_panel_shows_kurtosis_below_that_of_a_gaussian(run: nbdyn.Run) -> None:
+    noise = made(run, "samples", np.random.default_rng(0).uniform(size=(200, 6)))
+    chart = json.loads(noise.plot().to_json())
+    rows = [row for table in chart["datasets"].values() for row in table if str(row.get("batch")).startswith("step")]
+    assert len(rows) == 1 and rows[0]["value"] == pytest.approx(1.8, abs=0.1) and rows[0]["low"] > 0
+    assert noise.kurtosis()["median"].iloc[0] == pytest.approx(rows[0]["value"] - 3)
 
 
 # Notes ----------------------------------------------------------------------------------------------------------
@@ -318,6 +207,22 @@ def test_layers_that_couple_samples_are_labelled(tmp_path: Path) -> None:
     for sample in at_snapshot.samples:
         assert np.abs(sample.values - gradients[:, sample.parameters]).max() < 1e-12
     assert any("coupled" in text for text in run.noise(sampled="batch", steps=0).warnings)
+    assert not any("snapshot before" in text for text in at_snapshot.warnings)
+    between = run.noise(steps=[0, 3], coordinates=5, progress=False)
+    assert any("statistics at 3 are those of the snapshot before" in text for text in between.warnings)
+
+
+def test_class_weights_are_mentioned(run: nbdyn.Run) -> None:
+    loss_fn = nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 3.0, 4.0]).double())
+    noise = run.noise(loss_fn=loss_fn, steps=0, coordinates=5, progress=False)
+    assert any("class weights" in text for text in noise.warnings)
+    assert not run.noise(steps=0, coordinates=5, progress=False).warnings
+
+
+@pytest.mark.parametrize("kind", ["batch", "coordinates", "steps"])
+def test_tensors_recorded_by_batch_only_are_named(run: nbdyn.Run, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Gradients, "batch_only", {"0.bias": "no reason"})
+    assert "0.bias is left out: no reason" in run.noise(sampled=kind).warnings
 
 
 def test_what_was_not_trained_has_no_noise(tmp_path: Path) -> None:
@@ -327,6 +232,20 @@ def test_what_was_not_trained_has_no_noise(tmp_path: Path) -> None:
     run = nbdyn.open(uri, model=net(), data=DATA)
     for noise in (run.noise(steps=0, progress=False), run.noise(sampled="batch", steps=0)):
         assert noise.layers == ["2"] and set(noise.scale()["layer"]) == {"2", "all"}
+        norms = noise.norms().pivot(index="row", columns="layer", values="norm")
+        assert list(norms) == ["2", "all"] and norms["2"].equals(norms["all"].rename("2"))
+
+
+def test_a_bias_that_is_not_trained_takes_no_layer_with_it(tmp_path: Path) -> None:
+    model = net()
+    model[0].bias.requires_grad_(False)
+    uri, weights, grads, batches = recorded(tmp_path / "run", model)
+    run = nbdyn.open(uri)
+    gradients = own_gradients(at(weights[3]), *batches[3])[:, :72]
+    row = run.noise(sampled="batch", steps=3).scale().query("layer == '0'").iloc[0]
+    assert np.isclose(row["trace"], np.trace(np.cov(gradients.T)))
+    found = run.noise(sampled="coordinates", steps=3).samples[0]
+    assert found.layer == "0" and np.allclose(found.values[:, 0], grads[3].numpy()[:72])
 
 
 # Measures through the result ------------------------------------------------------------------------------------
@@ -347,13 +266,20 @@ def test_verdicts_say_what_the_numbers_carry(run: nbdyn.Run) -> None:
     }
     for words, values in laws.items():
         noise = made(run, "samples", values)
-        assert words in noise.verdict()[0]
-        index = noise.index((1, 10, 100))
-        assert index["n"].tolist() == [12_000, 1_200, 120] and index["finite_population"].is_monotonic_decreasing
+        n, left = (noise.index((1, 10, 100))[name] for name in ("n", "finite_population"))
+        assert words in noise.verdict()[0] and n.tolist() == [12_000, 1_200, 120] and np.allclose(left, 1 - 1 / n)
     assert "that of a stable law (1) is not excluded" in made(run, "samples", laws[list(laws)[1]]).verdict()[0]
     assert "it settles" in made(run, "samples", laws["both as Gaussian"]).verdict()[0]
     alone = made(run, "steps", laws["both as Gaussian"][:500]).verdict()[0]
     assert "does not tell a stable law from another" in alone
+
+
+def test_a_rise_to_a_batch_before_the_last_is_said() -> None:
+    """Of the last batch there are few means, whose interval may hold anything."""
+    ends = [("0", 1, 1.5, 1.4, 1.6), ("0", 10, 1.95, 1.9, 2.0), ("0", 600, 1.9, 1.5, 2.0)]
+    rows = pd.DataFrame(ends, columns=["layer", "batch", "median", "low", "high"])
+    assert "1.95 (1.90..2.00) for 10: it rises" in said._of_index(rows)
+    assert "no change can be told" in said._of_index(rows.iloc[[0, 2]])
 
 
 def test_order_matters_only_in_time(run: nbdyn.Run) -> None:
@@ -411,6 +337,15 @@ def test_measures_that_would_mix_are_refused(run: nbdyn.Run) -> None:
     for n in ((10,), (121,)):
         with pytest.raises(Incompatible, match=r"20\.\.120"):
             samples.kurtosis(n)
+    for options in ({"batch": 0}, {"batch": 121}, {"batch": 2.5}, {"batch": (1, 2)}, {"batches": 0}, {"draws": 18}):
+        with pytest.raises(Incompatible, match=r"means of at most|whole numbers|one size|or more"):
+            samples.surrogate(**options)
+    for ask in (lambda: samples.index(batch=(2.5,)), lambda: samples.index(batch=()), lambda: samples.kurtosis(n=())):
+        with pytest.raises(Incompatible, match="as whole numbers"):
+            ask()
+    with pytest.raises(Incompatible, match="between 0 and 1"):
+        samples.normality(level=2.0)
+    assert samples.kurtosis(60)["n"].tolist() == [60, 60]
 
 
 def test_requests_that_cannot_be_met(run: nbdyn.Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -418,7 +353,11 @@ def test_requests_that_cannot_be_met(run: nbdyn.Run, monkeypatch: pytest.MonkeyP
         (UnknownName, 'did you mean "mini-batches"', {"sampled": "minibatches"}),
         (NbdynError, "reads what was recorded", {"sampled": "steps", "data": DATA}),
         (NbdynError, 'is for sampled="mini-batches"', {"batch": 4}),
+        (NbdynError, "takes a part of data=", {"sampled": "batch", "subset": 10}),
         (NbdynError, "give 1..60", {"sampled": "mini-batches", "batch": 61}),
+        (Incompatible, "batch=2.5", {"sampled": "mini-batches", "batch": 2.5}),
+        (Incompatible, "subset=2.5", {"subset": 2.5}),
+        (Incompatible, "steps=\\[\\]", {"steps": []}),
         (NbdynError, "at most the 120 samples", {"subset": 121}),
         (NotRecorded, "step 13 is not there", {"steps": [0, 13]}),
         (NotRecorded, "step 12 is not there", {"sampled": "batch", "steps": 12}),
@@ -457,4 +396,5 @@ def test_runs_that_did_not_record_it(tmp_path: Path) -> None:
     part, *_ = recorded(tmp_path / "part", net(), fraction=0.5)
     with pytest.raises(NotRecorded, match="does not make batch gradients"):
         nbdyn.open(part).noise(sampled="steps")
-    assert nbdyn.open(part).noise(sampled="batch", steps=4).samples[0].values.shape[0] < BATCH
+    noise = nbdyn.open(part).noise(sampled="batch", steps=4)
+    assert len(noise.samples[0].values) < BATCH and "a share of 0.5" in noise.warnings[0]

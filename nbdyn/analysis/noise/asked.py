@@ -38,18 +38,30 @@ class Request:
 
 def places(store: Store, steps: Any, default: Sequence[int], last: int) -> list[int]:
     """Steps asked for, ascending; negative ones count from the end."""
-    if steps is None:
-        found = list(default)
-    else:
-        try:
-            found = [operator.index(step) for step in np.atleast_1d(np.asarray(steps)).tolist()]
-        except TypeError:
-            raise Incompatible(f"steps={steps!r}: a step, or a list of steps, as whole numbers.") from None
+    found = default if steps is None else whole_numbers(steps, "steps")
     found = [step + last + 1 if step < 0 else step for step in found]
     for step in found:
         if not 0 <= step <= last:
             raise NotRecorded(f"{store.name} has 0..{last} to choose from; step {step} is not there.")
     return sorted(set(found))
+
+
+def whole_numbers(given: Any, name: str) -> tuple[int, ...]:
+    """A whole number or several, as given for an argument of this name.
+
+    Raises:
+        Incompatible: if there is none, or something else.
+
+    >>> whole_numbers(3, "batch"), whole_numbers([1, 10], "batch")
+    ((3,), (1, 10))
+    """
+    try:
+        found = tuple(operator.index(number) for number in np.atleast_1d(np.asarray(given)).tolist())
+    except (TypeError, ValueError):
+        found = ()
+    if not found:
+        raise Incompatible(f"{name}={given!r}: give one or several, as whole numbers.")
+    return found
 
 
 def window(steps: Any) -> tuple[int, int]:

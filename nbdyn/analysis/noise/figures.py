@@ -24,11 +24,12 @@ def panel(noise: Noise) -> Any:
     layers = noise.layers if len(noise.layers) <= MANY else [*noise.layers[: MANY // 2], *noise.layers[-MANY // 2 :]]
     index, normality, kurtosis = (noise.usual(name) for name in ("index", "normality", "kurtosis"))
     level = float(normality["level"].iloc[0])
-    places = kurtosis.assign(batch="step " + kurtosis["step"].astype(str))
+    columns = ["median", "low", "high"]
+    places = kurtosis.assign(batch="step " + kurtosis["step"].astype(str), **(kurtosis[columns] + 3))
     rows = [
         Row("stable index", _named(index, "median"), color="means over", line=2.0),
         Row(f"share not normal at {level:g}", _named(normality, "share"), color="means over", line=level),
-        Row("excess kurtosis", _named(places, "median").query("value > 0"), x="n", color="at", log=True),
+        Row("kurtosis (excess + 3)", _named(places, "median").dropna(), x="n", color="at", line=3.0, log=True),
     ]
     if noise.has_sums:
         scale = noise.usual("scale").query("resolved").assign(batch="noise scale")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from nbdyn.statistics.heavy_tail.stable import stable_index
+from nbdyn.statistics.heavy_tail.ecf import lines
 
 GROUPS = 10
 """Of the jackknife: 9 degrees of freedom."""
@@ -20,6 +20,10 @@ JACKKNIFE_ROWS = 6_000
 """The jackknife takes so many rows at most; the error of more is smaller by the square root of their ratio."""
 FEWEST = 20
 """Rows that a measure takes, as the index and the test of normality need."""
+FOR_INTERVAL = 60
+"""Rows that an interval of the index takes: of fewer, the bias of the index is larger than its error."""
+NO_SPREAD = 1e-6
+"""A variance that is less of the second moment is rounding, and no kurtosis is read from it."""
 
 
 class Median(NamedTuple):
@@ -29,7 +33,8 @@ class Median(NamedTuple):
         median: over the coordinates that have a value.
         q1: lower quartile.
         q3: upper quartile.
-        low: lower end of the 95 % interval of the median, for other samples and other coordinates of the layer.
+        low: lower end of the 95 % interval of the median: of the index for other samples and other coordinates of the
+            layer, of the kurtosis for other coordinates only.
         high: upper end.
         coordinates: how many have a value.
     """
@@ -58,34 +63,45 @@ def in_batches(values: np.ndarray, batch: int, order: np.ndarray) -> np.ndarray:
 
 def alphas(values: np.ndarray) -> np.ndarray:
     """The stable index of each column, (k,); NaN where it cannot be read."""
+    return np.minimum(_slopes(values), 2.0)
+
+
+def _slopes(values: np.ndarray) -> np.ndarray:
+    """As `alphas`, not cut at 2, so that differences near 2 can be told."""
     with np.errstate(over="ignore"):  # the scale of a law whose index is next to 0, which is not asked for
-        return stable_index(values)
+        return lines(np.asarray(values, np.float64)).alpha
 
 
 def index(values: np.ndarray, size: int) -> Median:
     """The stable index of a layer: the median over coordinates of the regression on the characteristic function.
 
     The interval has two parts, added in squares: other samples (jackknife over ten groups of rows) and other
-    coordinates of the layer (the binomial interval of a median). It takes groups of rows as independent. In simulations
-    (150 of each; Cauchy and t3 rows with independent or common scales, columns of several indices) it covered the truth
-    in 96 to 100 %: it is rather too wide, as the spread of coordinates holds some of that of the samples.
+    coordinates of the layer (the binomial interval of a median). It takes groups of rows as independent. Of few rows
+    the index is too large (of a stable law of 1.8 and 60 rows by 0.09), for the logarithm of a logarithm is no straight
+    line: the interval reaches from that of the median to that of the median less its bias, which the jackknife tells.
+    In simulations (150 of each: stable laws of index 1 to 2, 60 to 600 rows of 150 coordinates) it covered the truth in
+    93 to 100 % where coordinates are independent, in 88 to 100 % where all of a row have one random scale.
 
     Args:
         values: (n, k); exact zeros are left out of each column.
         size: coordinates that the layer has, of which the k were drawn.
     """
-    alpha = alphas(values)
-    found = _median(alpha, size)
+    found = _median(_slopes(values), size)
+    cut = np.minimum(found[:3], 2.0).tolist()  # median and quartiles
+    shown = found._replace(median=cut[0], q1=cut[1], q3=cut[2])
     rows = values[:JACKKNIFE_ROWS]
     groups = np.arange(len(rows)) * GROUPS // max(1, len(rows))
-    if len(rows) < 2 * FEWEST or not found.coordinates:
-        return found._replace(low=math.nan, high=math.nan)
-    without = np.array([_median(alphas(rows[groups != g]), size).median for g in range(GROUPS)])
+    if len(rows) < FOR_INTERVAL or not found.coordinates:
+        return shown._replace(low=math.nan, high=math.nan)
+    without = np.array([_median(_slopes(rows[groups != g]), size).median for g in range(GROUPS)])
     if np.isnan(without).any():
-        return found._replace(low=math.nan, high=math.nan)
+        return shown._replace(low=math.nan, high=math.nan)
     error = _jackknife(without) * math.sqrt(len(rows) / len(values))
     reach = math.hypot(float(stats.t.ppf(0.975, GROUPS - 1)) * error, (found.high - found.low) / 2)
-    return found._replace(low=max(0.0, found.median - reach), high=min(2.0, found.median + reach))
+    bias = (GROUPS - 1) * (float(without.mean()) - found.median) if len(rows) == len(values) else 0.0
+    ends = found.median - max(bias, 0.0) - reach, found.median - min(bias, 0.0) + reach
+    low, high = np.clip(ends, 0.0, 2.0)
+    return shown._replace(low=float(low), high=float(high))
 
 
 def stable_median(values: np.ndarray, size: int) -> float:
@@ -99,8 +115,9 @@ def excess_kurtosis(values: np.ndarray) -> np.ndarray:
     x -= x.mean(axis=0)
     square = np.square(x)
     second = square.mean(axis=0)
+    varies = (np.ptp(values, axis=0) > 0) & (second > 0)  # the mean of equal values need not be theirs
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(second > 0, np.square(square).mean(axis=0) / np.square(second) - 3, np.nan)
+        return np.where(varies, np.square(square).mean(axis=0) / np.square(second) - 3, np.nan)
 
 
 def kurtosis(values: np.ndarray, size: int) -> Median:
@@ -157,12 +174,15 @@ def growth(values: np.ndarray) -> Growth:
 
 
 def _medians(sums: np.ndarray, n: int) -> np.ndarray:
-    """Median over columns of m4 / m2^2 from sums of powers 1..4, (4, groups, k) -> (groups,)."""
+    """Median over columns of m4 / m2^2 from sums of powers 1..4, (4, groups, k) -> (groups,); NaN where none varies."""
     m1, m2, m3, m4 = sums / n
     second = m2 - m1**2
     fourth = m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.nanmedian(np.where(second > 0, fourth / second**2, np.nan), axis=1)
+        ratios = np.where(second > NO_SPREAD * m2, fourth / second**2, np.nan)
+    found, some = np.full(len(ratios), np.nan), ~np.isnan(ratios).all(axis=1)
+    found[some] = np.nanmedian(ratios[some], axis=1)
+    return found
 
 
 class Rejected(NamedTuple):

@@ -44,13 +44,15 @@ class Probe:
         progress: whether a bar is shown.
 
     Raises:
-        Incompatible: if the loss gives no loss for single samples, or the network cannot be hooked.
+        Incompatible: if the loss gives no loss for single samples, the network cannot be hooked, or its samples depend
+            on each other in eval mode, too.
     """
 
     def __init__(
         self, model: nn.Module, loss_fn: Any, samples: Samples, trained: Sequence[bool], progress: bool = True
     ) -> None:
         self._model = copied(model).eval()
+        self._check_is_apart()
         self.samples = samples
         self._progress = progress and len(samples) >= PROGRESS_SAMPLES
         self._flat, self._grad = flatten(self._model)
@@ -74,6 +76,7 @@ class Probe:
         for tensor, layer in zip(self.tensors, self._layer_of, strict=True):
             self._layer_at[tensor["first"] : tensor["first"] + tensor["size"]] = layer
         self._loss_fn, self._evaluate = unhooked(loss_fn), Evaluator(loss_fn)
+        self.is_uneven = False  # whether samples count differently in the mean
         self._weight = self._weight_of_all()
         self._chunk = min(FIRST_CHUNK, len(samples))
 
@@ -82,6 +85,15 @@ class Probe:
         return {name: np.flatnonzero(self._layer_at == i) for i, name in enumerate(self._layers)} | {
             "all": np.flatnonzero(self._layer_at >= 0)
         }
+
+    def _check_is_apart(self) -> None:
+        """Raise Incompatible if batch normalization has no running statistics: it couples samples in eval mode, too."""
+        for name, module in self._model.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+                raise Incompatible(
+                    f"{name} normalizes with the statistics of each batch (track_running_stats=False): samples have no "
+                    'gradients of their own; sampled="steps" takes those of batches.'
+                )
 
     @property
     def has_batch_norm(self) -> bool:
@@ -92,7 +104,8 @@ class Probe:
     def is_random(self) -> bool:
         """Whether layers of the network are random in training."""
         kinds = nn.modules.dropout._DropoutNd
-        return any(isinstance(m, kinds) or getattr(m, "dropout", 0.0) not in (0.0, None) for m in self._model.modules())
+        shares = [m.p if isinstance(m, kinds) else getattr(m, "dropout", 0.0) for m in self._model.modules()]
+        return any(isinstance(share, float) and share > 0 for share in shares)  # a user's .dropout may be a module
 
     @property
     def left_out(self) -> dict[str, str]:
@@ -217,7 +230,9 @@ class Probe:
             return 1.0
         if self._evaluate.is_sum:
             return 1.0
-        return len(targets) / float(self._evaluate.shares(targets.to(self._flat.device), len(targets)).sum())
+        shares = self._evaluate.shares(targets.to(self._flat.device), len(targets))
+        self.is_uneven = bool((shares != shares[0]).any())
+        return len(targets) / float(shares.sum())
 
     @torch.no_grad()
     def _check_is_mean(self) -> None:

@@ -31,9 +31,20 @@ def of_batch(store: Store, asked: Request) -> Noise:
         dense = gradients[step, every[known]].own().dense()
         found += by_layer(step, _spread(dense.values, known), chosen, layers, known)
         sums.append(_sums_of_batch(store, step))
-    notes = [f"{name} is left out: {why}" for name, why in gradients.batch_only.items()]
-    notes += sorted({site.note for site in store.factors.sites if site.note})
+    notes = _left_out(gradients) + sorted({site.note for site in store.factors.sites if site.note})
+    if _fraction(store) < 1.0:
+        notes.append(f"of each batch a share of {_fraction(store):g} of its samples is recorded")
     return Noise(asked.kind, found, sums, store, asked.seed, notes=tuple(notes))
+
+
+def _left_out(gradients: Gradients) -> list[str]:
+    """Which tensors were recorded by batch only, and why."""
+    return [f"{name} is left out: {why}" for name, why in gradients.batch_only.items()]
+
+
+def _fraction(store: Store) -> float:
+    """The share of the samples whose gradients are recorded."""
+    return (store.config.get("per_sample") or {}).get("fraction", 1.0)
 
 
 def _spread(values: np.ndarray, known: np.ndarray) -> np.ndarray:
@@ -63,10 +74,12 @@ def _captured(store: Store) -> np.ndarray:
 
 def _sums_of_batch(store: Store, step: int) -> Sums:
     """Norms and inner products of the samples of a recorded batch, from its factors."""
-    tensors, factors = store.config["tensors"], store.factors
+    tensors, factors = [t for t in store.config["tensors"] if t.get("trainable", True)], store.factors
     layers = list(dict.fromkeys(t["layer"] for t in tensors))
     layer_of = np.array([layers.index(t["layer"]) for t in tensors])
-    layer_at = np.repeat(layer_of, [t["size"] for t in tensors])
+    layer_at = np.full(store.parameters, -1)  # of what is not trained
+    for tensor, layer in zip(tensors, layer_of, strict=True):
+        layer_at[tensor["first"] : tensor["first"] + tensor["size"]] = layer
     firsts = np.array([t["first"] for t in tensors])
     scale = float(store.read_steps(step, step + 1)["scale"][0])
     parts = [
@@ -86,8 +99,9 @@ def _sums_of_batch(store: Store, step: int) -> Sums:
                 some = np.zeros((len(rows), len(layers)))
                 add(split, layer_at, some)
                 out[rows] += some
-    mean_square = np.bincount(layer_at, np.square(mean), len(layers))
-    holes = np.unique(layer_at[~captured])
+    trained = layer_at >= 0
+    mean_square = np.bincount(layer_at[trained], np.square(mean[trained]), len(layers))
+    holes = np.unique(layer_at[trained & ~captured])
     squares[:, holes], along[:, holes], mean_square[holes] = np.nan, np.nan, np.nan
     return Sums(step, tuple(layers), squares * scale**2, along * scale, mean_square)
 
@@ -112,11 +126,12 @@ def of_coordinates(store: Store, asked: Request) -> Noise:
     for step in places(store, asked.steps, [0, store.steps_committed - 1], store.steps_committed - 1):
         rebuilt = gradients.rebuild(step)
         for layer, indices in layers_of(store.config["tensors"]).items():
-            names = [t["name"] for t in store.config["tensors"] if t["layer"] == layer]
+            mine = [t for t in store.config["tensors"] if t["layer"] == layer]
+            names = [t["name"] for t in mine if t.get("trainable", True)]
             if all(name in rebuilt for name in names):
                 values = np.concatenate([rebuilt[name].reshape(-1) for name in names])
                 found.append(Sample(step, step + 1, layer, values[:, None], indices, len(indices)))
-    return Noise(asked.kind, found, [], store, asked.seed)
+    return Noise(asked.kind, found, [], store, asked.seed, notes=tuple(_left_out(gradients)))
 
 
 def of_window(store: Store, asked: Request) -> Noise:
@@ -142,12 +157,14 @@ def _iterates(store: Store, every: np.ndarray, start: int, stop: int) -> tuple[n
 
 def _totals(store: Store, every: np.ndarray, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     """Recorded batch gradients at the steps of a window, (steps, k), and which coordinates are known."""
-    fraction = (store.config.get("per_sample") or {}).get("fraction", 1.0)
-    if fraction < 1.0:
+    if _fraction(store) < 1.0:
         raise NotRecorded(
-            f"{store.name} holds a share of {fraction} of the samples (fraction=), which does not make batch gradients."
+            f"{store.name} holds a share of {_fraction(store):g} of the samples (fraction=), which does not make batch "
+            "gradients."
         )
-    known = _captured(store)[every]
-    totals = Gradients(store)[start:stop, every[known]].total()
-    some = f"{len(totals)} of {stop - start} steps were captured"
-    return _spread(totals, known), known, (some,) if len(totals) < stop - start else ()
+    known, gradients = _captured(store)[every], Gradients(store)
+    totals = gradients[start:stop, every[known]].total()
+    notes = _left_out(gradients)
+    if len(totals) < stop - start:
+        notes.append(f"{len(totals)} of {stop - start} steps were captured")
+    return _spread(totals, known), known, tuple(notes)

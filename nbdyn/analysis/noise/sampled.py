@@ -58,6 +58,12 @@ class Sums:
     along: np.ndarray
     mean_square: np.ndarray
 
+    @property
+    def columns(self) -> dict[str, np.ndarray]:
+        """Layers whose sums are known -> their column, and "all" -> the columns of all of these."""
+        known = np.flatnonzero(~np.isnan(self.mean_square))
+        return {self.layers[i]: np.array([i]) for i in known} | {"all": known}
+
 
 @dataclass(frozen=True, eq=False)
 class Source:

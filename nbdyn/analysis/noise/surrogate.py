@@ -28,16 +28,15 @@ def per_coordinate(values: np.ndarray, size: int, draws: int, seed: int) -> Iter
         draws: surrogates.
         seed: of these.
     """
-    centred = values - values.mean(axis=0)
-    centred = centred[:, centred.any(axis=0)]
+    moving = values[:, np.ptp(values, axis=0) > 0]
     functions: dict[str, tuple[Measure, int]] = {
         "stable index": (lambda x: measures.stable_median(x, size), -1),
         "excess kurtosis": (lambda x: measures.kurtosis(x, size).median, 1),
         f"share not normal at {LEVEL:g}": (lambda x: measures.normality(x, LEVEL).share, 1),
     }
-    null = [[f(x) for f, _ in functions.values()] for x in gaussian_surrogate(centred, draws, seed)]
+    null = [[f(x) for f, _ in functions.values()] for x in gaussian_surrogate(moving, draws, seed)]
     for (name, (f, heavier)), drawn in zip(functions.items(), np.array(null).T, strict=True):
-        yield {"statistic": name, "coordinates": centred.shape[1], **against(f(values), drawn, heavier)}
+        yield {"statistic": name, "coordinates": moving.shape[1], **against(f(values), drawn, heavier)}
 
 
 def block_log_moments(

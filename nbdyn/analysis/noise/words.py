@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from nbdyn.plots.panels import show_number
@@ -51,7 +52,9 @@ def _of_index(rows: Any) -> str:
     rows = rows[rows["low"].notna()]
     if not len(rows):
         return "the stable index cannot be read (too few values that are not zero)"
-    first, last = rows.iloc[0], rows.iloc[-1]
+    first, last, highest = rows.iloc[0], rows.iloc[-1], rows.iloc[int(np.argmax(rows["low"]))]
+    if last["low"] <= first["high"] < highest["low"]:  # the last ones are the fewest means, and tell the least
+        last = highest
     if len(rows) == 1:
         return (
             f"the stable index reads {_range(first)} (n = {first['n']:,}); without batches of several sizes that does "
