@@ -243,3 +243,11 @@ def test_what_cannot_be_fitted() -> None:
         ht.stable(x, block=5, bootstrap=0)
     with pytest.raises(Incompatible, match="middle half of the values"):
         ht.stable(np.concatenate([np.ones(80), x[:20]]))
+
+
+def test_values_over_all_decades_have_an_index_and_no_warnings():
+    rng = np.random.default_rng(0)
+    values = np.exp(rng.normal(0, 200, (2_000, 3))) * rng.choice([-1, 1], (2_000, 3))
+    values[:40, 0] = 1e300
+    found = ht.stable_index(values)
+    assert np.isfinite(found).all() and (found >= 0).all() and (found < 0.2).all()

@@ -68,8 +68,7 @@ def alphas(values: np.ndarray) -> np.ndarray:
 
 def _slopes(values: np.ndarray) -> np.ndarray:
     """As `alphas`, not cut at 2, so that differences near 2 can be told."""
-    with np.errstate(over="ignore"):  # the scale of a law whose index is next to 0, which is not asked for
-        return lines(np.asarray(values, np.float64)).alpha
+    return lines(np.asarray(values, np.float64)).alpha
 
 
 def index(values: np.ndarray, size: int) -> Median:

@@ -24,6 +24,8 @@ FEWEST = 20
 """Values that an index takes: of fewer, the characteristic function at the last points is noise."""
 CHUNK = 1 << 16
 """Cells worked on at once: they and their powers stay in the processor's cache."""
+FARTHEST = 1e12
+"""Values are taken to lie no further out, in half ranges: there the phase of exp(i t x) is as good as random."""
 
 
 class Line(NamedTuple):
@@ -53,7 +55,7 @@ def stable_index(values: ArrayLike, axis: int = 0) -> np.ndarray:
         axis: along which one sample lies.
 
     Returns:
-        alpha in (0, 2], float64, of the shape without `axis`; NaN where fewer than 20 values are left, or their middle
+        alpha in [0, 2], float64, of the shape without `axis`; NaN where fewer than 20 values are left, or their middle
         half are equal.
 
     >>> rng = np.random.default_rng(0)
@@ -62,7 +64,7 @@ def stable_index(values: ArrayLike, axis: int = 0) -> np.ndarray:
     """
     x = np.moveaxis(np.asarray(values, np.float64), axis, 0)
     found = lines(x.reshape(len(x), -1))
-    return np.minimum(found.alpha, 2.0).reshape(x.shape[1:])
+    return np.clip(found.alpha, 0.0, 2.0).reshape(x.shape[1:])
 
 
 def lines(values: np.ndarray) -> Line:
@@ -76,14 +78,17 @@ def lines(values: np.ndarray) -> Line:
     rows = max(1, CHUNK // max(1, values.shape[1]))
     for first in range(0, len(values), rows):
         piece = slice(first, first + rows)
-        turn = np.where(kept[piece], np.exp(1j * POINTS[0] * np.where(kept[piece], values[piece], 0.0) / safe), 0.0)
+        with np.errstate(over="ignore"):
+            phase = np.clip(np.where(kept[piece], values[piece], 0.0) / safe, -FARTHEST, FARTHEST)
+        turn = np.where(kept[piece], np.exp(1j * POINTS[0] * phase), 0.0)
         power = turn.copy()
         for total in sums[:-1]:
             total += power.sum(axis=0)
             power *= turn
         sums[-1] += power.sum(axis=0)
     alpha, level = slopes(np.square(np.abs(sums)), n)
-    scale = safe * np.exp((level - np.log(2.0)) / alpha)
+    with np.errstate(over="ignore", divide="ignore"):
+        scale = safe * np.exp((level - np.log(2.0)) / alpha)
     blank = np.where(usable, 1.0, np.nan)
     return Line(alpha * blank, scale * blank, units, n)
 
