@@ -7,8 +7,6 @@ from typing import Protocol
 
 import pandas as pd
 
-from nbdyn.query import statements
-
 
 class Asked(Protocol):
     """What can be asked: a `nbdyn.Run`."""
@@ -41,6 +39,8 @@ def top(
     The same as the statement `top 20 samples per weight of fc1.* by sum |g| during epoch 7`; see docs/query.md.
     A range of epochs or steps is a pair, both ends included.
     """
+    from nbdyn.query import statements  # the whole language, which opening a run does without
+
     scope = {"epoch": epoch, "step": step}
     return run.query(statements.top(count, what, by=by, per=per, of=of, where=where, within=within, **scope))
 
@@ -57,6 +57,8 @@ def group(
     where: str | None = None,
 ) -> pd.DataFrame:
     """Members in bins of their measure: `run.group("weights", by="sum |grad|", into=8)`, as `group weights ...`."""
+    from nbdyn.query import statements  # the whole language, which opening a run does without
+
     return run.query(statements.group(what, by=by, into=into, of=of, epoch=epoch, step=step, where=where))
 
 
@@ -69,6 +71,8 @@ def show(
     where: str | None = None,
 ) -> pd.DataFrame:
     """Values as recorded or measured: `run.show("loss", "|grad|", epoch=3)`, as `show loss, |grad| ...`."""
+    from nbdyn.query import statements  # the whole language, which opening a run does without
+
     return run.query(statements.show(*items, per=per, epoch=epoch, step=step, where=where))
 
 
@@ -82,6 +86,8 @@ def last(
     step: int | tuple[int, int] | None = None,
 ) -> pd.DataFrame:
     """The samples before an event: `run.last(50, "fc1.weight[3,5] becomes 0 within 1e-6")`, as `last 50 ...`."""
+    from nbdyn.query import statements  # the whole language, which opening a run does without
+
     return run.query(statements.last(count, before, every=every, epoch=epoch, step=step))
 
 
@@ -93,5 +99,7 @@ def compare(
     step: int | tuple[int, int] | None = None,
 ) -> pd.DataFrame:
     """This run beside others: `run.compare(other, by="progress(loss)", step=500)`, as `compare ... by ...`."""
+    from nbdyn.query import statements  # the whole language, which opening a run does without
+
     names = [run.uri, *(other if isinstance(other, str) else other.uri for other in others)]
     return run.query(statements.compare(names, by, epoch=epoch, step=step))
