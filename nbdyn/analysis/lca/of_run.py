@@ -12,6 +12,7 @@ from torch import nn
 from nbdyn.analysis.lca.asked import Asked
 from nbdyn.analysis.lca.compute import Split, Task, read
 from nbdyn.analysis.lca.engine import StepAllocation
+from nbdyn.analysis.lca.kept import Kept
 from nbdyn.analysis.lca.losses import loss_of
 from nbdyn.analysis.lca.motion import Motion
 from nbdyn.analysis.lca.paths import Path, RunPath
@@ -69,7 +70,7 @@ def lca(
     if path.residuals:
         off = max(path.residuals.values())
         say(f"weights between snapshots were {path.how}; off by at most {off:.2g} where snapshots were met.")
-    found = Allocation(rows, sums, task.spec(), task.labels(), task.tensors, task.archive, store.name)
+    found = Allocation(Kept(rows, sums, task.spec(), task.labels(), task.tensors, task.archive), store.name)
     found.warn()
     return found
 
@@ -89,7 +90,7 @@ def of_path(
     kept = asked.kept(objective.parameters, len(path.steps) - 1)
     task = Task(path, objective, asked.precision or Precision(), tensors, kept)
     rows, sums = task.run(path, progress)
-    found = Allocation(rows, sums, task.spec(), task.labels(), tensors, None, name)
+    found = Allocation(Kept(rows, sums, task.spec(), task.labels(), tensors, None), name)
     found.warn()
     return found
 
@@ -125,7 +126,7 @@ def open_allocation(store: Store, name: str | None) -> Allocation:
     rows, sums = read(archive)
     _check_shapes(store, archive, rows, sums)
     try:
-        found = Allocation(rows, sums, entry.spec, entry.labels, store.config["tensors"], archive, store.name)
+        found = Allocation(Kept(rows, sums, entry.spec, entry.labels, store.config["tensors"], archive), store.name)
         found.warn()
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise CorruptRun(f"{archive.uri} is damaged ({error}); compute it anew with replace=True.") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,12 +16,11 @@ from nbdyn.analysis.lca import tails as _tails
 from nbdyn.analysis.lca.kept import Kept
 from nbdyn.analysis.lca.learning import Moments
 from nbdyn.analysis.lca.neurons import SameNeuron, Specialization, saliency, same_neuron, specialization
-from nbdyn.analysis.lca.totals import STEP_COLUMNS, Rows, Sums, units_of
+from nbdyn.analysis.lca.totals import STEP_COLUMNS, units_of
 from nbdyn.errors import Incompatible, NotRecorded, UnknownName, did_you_mean
 from nbdyn.schema import PROVENANCE
 from nbdyn.settings import say
 from nbdyn.statistics.heavy_tail.result import TailFit
-from nbdyn.store.allocations import Archive
 from nbdyn.store.names import select
 
 Array = np.ndarray
@@ -40,19 +39,10 @@ class Allocation:
         tensors: those of the model.
     """
 
-    def __init__(
-        self,
-        rows: Rows,
-        sums: Sums,
-        spec: dict[str, Any],
-        labels: dict[str, Any],
-        tensors: Sequence[Mapping[str, Any]],
-        archive: Archive | None = None,
-        run: str = "",
-    ) -> None:
-        self._kept, self._run = Kept(rows, sums, spec, labels, tensors, archive), run
-        self._rows, self._sums, self._steps = rows, sums, self._kept.steps
-        self.spec, self.labels, self.tensors, self.layers_in_order = spec, labels, tensors, self._kept.layers
+    def __init__(self, kept: Kept, run: str = "") -> None:
+        self._kept, self._run = kept, run
+        self._rows, self._sums, self._steps = kept.rows, kept.sums, kept.steps
+        self.spec, self.labels, self.tensors, self.layers_in_order = kept.spec, kept.labels, kept.tensors, kept.layers
 
     def __len__(self) -> int:
         return len(self._rows)
