@@ -327,7 +327,7 @@ def test_measures_that_would_mix_are_refused(run: nbdyn.Run) -> None:
     batches = run.noise(sampled="mini-batches", batch=3, steps=0, progress=False)
     with pytest.raises(Incompatible, match="gradients of single samples"):
         batches.scale()
-    with pytest.raises(Incompatible, match="no samples here but gradients of mini-batches"):
+    with pytest.raises(Incompatible, match="norms are of gradients of single samples, not gradients of mini-batches"):
         batches.norms()
     with pytest.raises(Incompatible, match="means over 3 samples"):
         batches.surrogate(batch=5)

@@ -40,6 +40,8 @@ class Noise:
         kind: what is sampled; see `nbdyn.analysis.noise.kinds`.
         samples: the values, layer by layer and step by step.
         notes: what is left out, and what else a reader must know.
+        seed: of coordinates and batches.
+        batch: samples of a mini-batch, where these were sampled.
     """
 
     def __init__(
@@ -56,7 +58,7 @@ class Noise:
         if not samples:
             raise NbdynError(f"nothing of {store.name} was sampled: no layer's gradients could be split into samples.")
         self.kind, self.samples, self.notes = kind, tuple(samples), notes
-        self._sums, self._store, self._seed, self._batch, self._source = tuple(sums), store, seed, batch, source
+        self._sums, self._store, self.seed, self.batch, self._source = tuple(sums), store, seed, batch, source
         self._usual: dict[str, pd.DataFrame] = {}
 
     # What it is ---------------------------------------------------------------------------------------------------
@@ -65,7 +67,7 @@ class Noise:
     def sampled(self) -> str:
         """What one value is, in words, and how many there are."""
         first, rows = self.samples[0], sorted({len(s.values) for s in self.samples})
-        what = self.kind.words_of(self._batch)
+        what = self.kind.words_of(self.batch)
         many = " to ".join(f"{n:,}" for n in dict.fromkeys((rows[0], rows[-1])))
         many += f" {self.kind.row if rows == [1] else words.plural(self.kind.row)}"
         if self.kind.of_samples and self._source is not None and self._source.of > rows[-1]:
@@ -213,8 +215,7 @@ class Noise:
         Raises:
             Incompatible: if what was sampled are no single samples.
         """
-        if not self.kind.of_samples:
-            raise Incompatible(f'a noise scale needs gradients of single samples, not {self.sampled}: "samples".')
+        self._need_samples("a noise scale needs")
         rows = []
         for sums in self._sums:
             for layer, some in sums.columns.items():
@@ -231,8 +232,7 @@ class Noise:
         Raises:
             Incompatible: if what was sampled are no single samples.
         """
-        if not self.kind.of_samples:
-            raise Incompatible(f'there are no samples here but {self.sampled}; sample "samples".')
+        self._need_samples("norms are of")
         tables = []
         for sums in self._sums:
             for layer, some in sums.columns.items():
@@ -271,16 +271,16 @@ class Noise:
                 raise Incompatible(f"batch={batch}: give one size.")
         else:
             size = 1
-            if batch not in (None, self._batch):
-                raise Incompatible(f"these are means over {self._batch} samples; batch={batch} takes another sample.")
+            if batch not in (None, self.batch):
+                raise Incompatible(f"these are means over {self.batch} samples; batch={batch} takes another sample.")
         rows: list[dict[str, Any]] = []
         for s, _, values in self._aggregated((size,)):
-            head = {"step": s.step, "layer": s.layer, "batch": size * (self._batch or 1), "n": len(values)}
+            head = {"step": s.step, "layer": s.layer, "batch": size * (self.batch or 1), "n": len(values)}
             if s.live.any():
-                found = surrogate.per_coordinate(values, self._size(s), draws, self._seed)
+                found = surrogate.per_coordinate(values, self._size(s), draws, self.seed)
                 rows += [head | row for row in found]
         if self._source is not None:
-            size = size * (self._batch or 1)
+            size = size * (self.batch or 1)
             for step in self.steps:
                 rows += self._block_log_moments(step, size, batches, draws)
         order = ["step", "layer", "statistic", "batch", "n", "coordinates"]
@@ -334,15 +334,9 @@ class Noise:
         """Whether norms over all coordinates are known, as a noise scale needs."""
         return self.kind.of_samples and bool(self._sums)
 
-    @property
-    def batch(self) -> int | None:
-        """Samples of a mini-batch, where these were sampled."""
-        return self._batch
-
-    @property
-    def seed(self) -> int:
-        """Of coordinates and batches."""
-        return self._seed
+    def _need_samples(self, what: str) -> None:
+        if not self.kind.of_samples:
+            raise Incompatible(f'{what} gradients of single samples, not {self.sampled}: "samples".')
 
     def _size(self, s: Sample) -> int:
         """Coordinates that a median speaks for."""
@@ -374,7 +368,7 @@ class Noise:
     def _aggregated(self, sizes: Sequence[int]) -> Iterator[tuple[Sample, int, np.ndarray]]:
         """The means over batches of each layer: random ones, or the rows in their order where that is one in time."""
         for s in self.samples:
-            rng = np.random.default_rng(self._seed)
+            rng = np.random.default_rng(self.seed)
             order = np.arange(len(s.values)) if self.kind.in_order else rng.permutation(len(s.values))
             for size in sizes:
                 yield s, size, measures.in_batches(s.values, size, order)
@@ -390,9 +384,9 @@ class Noise:
                 f"give batches={MOST_BYTES // (8 * len(weights))} or fewer."
             )
         probe.go_to(weights, buffers)
-        order = np.random.default_rng(self._seed).permutation(len(probe.samples))
+        order = np.random.default_rng(self.seed).permutation(len(probe.samples))
         noise = np.stack([probe.gradient(order[i * size : (i + 1) * size]) for i in range(count)])
-        found = surrogate.block_log_moments(noise, probe.layers(), draws, self._seed)
+        found = surrogate.block_log_moments(noise, probe.layers(), draws, self.seed)
         return [{"step": step, "batch": size, "n": count, **row} for row in found]
 
     def _framed(self, frame: pd.DataFrame, what: str) -> pd.DataFrame:
