@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 
 from nbdyn.settings import options
+
+if TYPE_CHECKING:
+    from IPython.core.interactiveshell import InteractiveShell
 
 # jupyter_core asks to choose where it keeps its files; without this it warns, and warnings are errors here.
 os.environ.setdefault("JUPYTER_PLATFORM_DIRS", "1")
@@ -33,3 +37,20 @@ def _settings_stay() -> Iterator[None]:
 def _no_user_folders(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep IPython's history and profile out of the user's home."""
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path_factory.getbasetemp() / "ipython"))
+
+
+@pytest.fixture
+def shell(monkeypatch: pytest.MonkeyPatch) -> Iterator[InteractiveShell]:
+    """A shell with the magics, no history file, and no run open."""
+    from IPython.core.interactiveshell import InteractiveShell
+
+    from nbdyn import magics, run
+
+    monkeypatch.setattr(run, "_current", None)
+    InteractiveShell.clear_instance()
+    shell = InteractiveShell.instance()
+    shell.history_manager.enabled = False
+    magics.load_ipython_extension(shell)
+    yield shell
+    shell.history_manager.end_session()
+    InteractiveShell.clear_instance()

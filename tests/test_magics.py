@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,19 +41,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     loss_fn(model(x), y).backward()
                     optimizer.step()
     return path
-
-
-@pytest.fixture
-def shell(monkeypatch: pytest.MonkeyPatch) -> Iterator[InteractiveShell]:
-    """A shell with the magics, no history file, and no run open."""
-    monkeypatch.setattr(nbdyn.run, "_current", None)
-    InteractiveShell.clear_instance()
-    shell = InteractiveShell.instance()
-    shell.history_manager.enabled = False
-    magics.load_ipython_extension(shell)
-    yield shell
-    shell.history_manager.end_session()
-    InteractiveShell.clear_instance()
 
 
 @pytest.fixture
