@@ -177,6 +177,7 @@ def test_an_opened_run_needs_no_torch_and_changes_no_settings(recorded: Path):
     loaded = loaded_by(WATCH + SHELL + textwrap.dedent(opened))
     assert "tiledb" in loaded
     assert not loaded & HEAVY
+    assert "nbdyn.query.execute" not in loaded, "the language loads when something is asked"
 
 
 def test_ctrl_c_stays_pythons(tmp_path: Path):
